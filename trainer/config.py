@@ -1,0 +1,383 @@
+"""RunConfig: everything that decides what a run computes, as frozen dataclasses.
+
+Torch-free, so that a login node can check a run. A value reaches the run in exactly one way:
+recipe function -> command-line overrides -> validate() -> config.json -> worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: one message, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network: a name from the model registry and what the registry's build() takes."""
+
+    name: str = "transnext_tiny"
+    """A name in the model registry, such as transnext_base."""
+    img_size: int = 224
+    """Side of the square training images, in pixels."""
+    pretrain_size: int | None = None
+    """Image side at which position biases were trained; unset means img_size."""
+    fixed_pool_size: int | None = None
+    """Side of the pooled key grid at any image size (TransNeXt's linear mode); unset pools by ratio."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block; earlier blocks rise to it linearly."""
+    num_classes: int = 1000
+    """Outputs of the classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are augmented."""
+
+    source: Literal["webdataset", "folder", "synthetic"] = "webdataset"
+    """Storage: indexed tar shards, one folder per class, or generated images."""
+    train: str = "datasets/imagenet/train"
+    """Folder of the training split (for synthetic: the number of images)."""
+    val: str = "datasets/imagenet/val"
+    """Folder of the evaluation split (for synthetic: the number of images)."""
+    num_workers: int = 8
+    """Decoding threads per process."""
+    prefetch: int = 4
+    """Micro-batches prepared ahead."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's aspect ratio."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    """Resampling of training crops; random draws one of the two per image."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    auto_augment: str | None = None
+    """RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    repeats: int = 1
+    """Differently augmented copies of an image in an epoch that shows 1/repeats of the images."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off."""
+    mix_switch_prob: float = 0.5
+    """Probability of CutMix where both are on."""
+    erase_prob: float = 0.0
+    """Probability of random erasing (pixel mode)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means of images in 0..1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations of images in 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which batches and precision."""
+
+    epochs: int = 300
+    """Passes over the training images, cool-down included."""
+    batch_size: int = 1024
+    """Images per optimizer step over all processes."""
+    accumulate: int = 1
+    """Micro-batches that one step is split into."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type of matrix products and activations; weights and statistics stay fp32."""
+    label_smoothing: float = 0.1
+    """Probability mass spread over all classes."""
+    ema_decay: float = 0.0
+    """Decay per step of the weights' moving average; 0 is off."""
+    seed: int = 0
+    """Seed of initial weights, order, augmentation and drop path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine and during cool-down."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    warmup_epochs: float = 5.0
+    """Length of the linear warm-up."""
+    cooldown_epochs: int = 0
+    """Last epochs, run at min_lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the parameters that the model does not exempt."""
+    clip_grad: float | None = None
+    """Largest global gradient norm; unset does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """How the model is spread over processes."""
+
+    name: Literal["ddp", "fsdp"] = "ddp"
+    """ddp replicates the training state, fsdp (FSDP2) shards it over all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Memory against time."""
+
+    checkpointing: str = "none"
+    """Activation checkpointing: none, full, or the stages to recompute, such as 1,2."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+
+    def stages(self) -> tuple[int, ...]:
+        """Return the stages (1-4) whose blocks are recomputed in the backward pass.
+
+        Raises:
+            ValueError: if `checkpointing` is neither none, full nor a list of stages.
+        """
+        if self.checkpointing in ("none", "full"):
+            return (1, 2, 3, 4) if self.checkpointing == "full" else ()
+        if not re.fullmatch(r"[1-4](,[1-4])*", self.checkpointing):
+            raise ValueError(self.checkpointing)
+        return tuple(sorted({int(stage) for stage in self.checkpointing.split(",")}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on the whole evaluation split."""
+
+    every_epochs: float = 1.0
+    """Epochs between evaluations; the last step is always evaluated."""
+    batch_size: int = 1024
+    """Images per forward pass over all processes."""
+    crop_pct: float = 0.875
+    """Side of the centre crop as a share of the resized image; 1 warps to the square, uncropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 1250
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep the checkpoint of the best evaluation too."""
+    async_save: bool = True
+    """Write in the background while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported, and how often."""
+
+    every: int = 50
+    """Steps between log lines."""
+    images: int = 16
+    """Augmented inputs shown in TensorBoard at each start; 0 shows none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. See `trainer.recipes` for the published ones."""
+
+    recipe: str
+    """The recipe this configuration started from."""
+    run_dir: str
+    """The run folder; starting the same folder again continues the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self) -> list[str]:
+        """Return every problem that can be seen without the data, each with its remedy."""
+        return [*_range_problems(self), *_relation_problems(self)]
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "config.json") -> RunConfig:
+        """Read what to_json() wrote.
+
+        Raises:
+            UserError: if the text is not JSON or does not fit RunConfig, naming `where`.
+        """
+        try:
+            return _from_dict(cls, json.loads(text), "")
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{where} is not a run configuration: {error}") from None
+
+
+_POSITIVE = (
+    "model.img_size", "model.num_classes", "data.num_workers", "data.prefetch", "data.repeats",
+    "train.epochs", "train.batch_size", "train.accumulate", "optim.lr", "optim.eps",
+    "optim.clip_grad", "eval.every_epochs", "eval.batch_size", "checkpoint.every",
+    "checkpoint.keep_last", "log.every",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
+    "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
+    "train.seed",
+)  # fmt: skip
+_SHARE = (
+    "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob",
+    "train.label_smoothing", "train.ema_decay", "eval.crop_pct",
+)  # fmt: skip
+
+
+def _range_problems(config: RunConfig) -> Iterator[str]:
+    values = dict(flatten(config))
+    for name in _POSITIVE:
+        if values[name] is not None and not values[name] > 0:
+            yield f"{name} is {values[name]}: it must be above 0"
+    for name in _NOT_NEGATIVE:
+        if values[name] < 0:
+            yield f"{name} is {values[name]}: it must not be negative"
+    for name in _SHARE:
+        if not 0 <= values[name] <= 1:
+            yield f"{name} is {values[name]}: it must lie in 0..1"
+
+
+def _relation_problems(config: RunConfig) -> Iterator[str]:
+    optim, train, data = config.optim, config.train, config.data
+    if optim.warmup_epochs + optim.cooldown_epochs > train.epochs:
+        yield (
+            f"optim.warmup_epochs {optim.warmup_epochs} and optim.cooldown_epochs "
+            f"{optim.cooldown_epochs} do not fit in train.epochs {train.epochs}"
+        )
+    if train.batch_size % (2 * train.accumulate):
+        yield (
+            f"train.batch_size {train.batch_size} is not a multiple of 2 × train.accumulate "
+            f"{train.accumulate}: images are mixed in pairs"
+        )
+    for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
+        if not 0 < low <= high:
+            yield f"data.{name} is {low} {high}: give two positive numbers, the smaller first"
+    try:
+        config.memory.stages()
+    except ValueError:
+        yield (
+            f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, or stages "
+            "such as 1,2"
+        )
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) for every setting of a configuration, in order."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return `name: old -> new` for every setting that differs."""
+    pairs = zip(flatten(old), flatten(new), strict=True)
+    return [f"{name}: {a} -> {b}" for (name, a), (_, b) in pairs if a != b]
+
+
+def nearest(name: str, names: Sequence[str], *, prefix: str = "") -> str:
+    """Return `; did you mean X?` for the closest of `names`, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Apply command-line overrides such as `--optim.lr 2e-3` and validate the result.
+
+    Raises:
+        UserError: for an unknown name (with the nearest known one), a value of the wrong type,
+            or values that do not fit together (all problems in one message).
+    """
+    names = [name.replace("_", "-") for name, _ in flatten(config) if name != "recipe"]
+    for argument in arguments:
+        option = argument.removeprefix("--").split("=")[0].replace("_", "-")
+        if argument.startswith("--") and option not in names and not _is_switch(option, names):
+            raise UserError(f"unknown option --{option}{nearest(option, names, prefix='--')}")
+    result = _parse(config, arguments)
+    problems = result.validate()
+    if problems:
+        raise UserError("; ".join(problems))
+    return result
+
+
+def _is_switch(option: str, names: Sequence[str]) -> bool:
+    section, dot, name = option.rpartition(".")
+    return name.startswith("no-") and f"{section}{dot}{name[3:]}" in names
+
+
+def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    import tyro  # only needed where somebody typed an override: it costs a third of a second
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                RunConfig, default=config, args=list(arguments), prog="foveate pretrain RECIPE"
+            )
+    except SystemExit:
+        # tyro draws a box: its second part is the message, the rest are hints.
+        parts = re.split(r"[─-╿]{4,}", said.getvalue())
+        raise UserError(
+            " ".join(re.sub(r"[│]", " ", parts[min(2, len(parts) - 1)]).split())
+        ) from None
+
+
+def _from_dict(kind: type[T], value: Any, where: str) -> T:
+    """Build a value of type `kind` out of JSON, exactly: no unknown and no missing names."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(f"unknown setting {where}{unknown[0]}")
+        items = {name: _from_dict(hints[name], value[name], f"{where}{name}.") for name in hints}
+        return typing.cast(T, kind(**items))
+    return typing.cast(T, _from_plain(kind, value, where.rstrip(".")))
+
+
+def _from_plain(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list) and len(value) == len(arguments):
+            return tuple(_from_plain(k, v, where) for k, v in zip(arguments, value, strict=True))
+    elif origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _from_plain(next(k for k in arguments if k is not type(None)), value, where)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {value!r}")
