@@ -16,7 +16,6 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -37,7 +36,7 @@ class ModelConfig:
     pretrain_size: int | None = None
     """Image side at which position biases were trained; unset means img_size."""
     fixed_pool_size: int | None = None
-    """Side of the pooled key grid at any image size (TransNeXt's linear mode); unset pools by ratio."""
+    """Side of the pooled key grid at any image size (TransNeXt's linear mode)."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block; earlier blocks rise to it linearly."""
     num_classes: int = 1000
@@ -345,11 +344,9 @@ def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
                 RunConfig, default=config, args=list(arguments), prog="foveate pretrain RECIPE"
             )
     except SystemExit:
-        # tyro draws a box: its second part is the message, the rest are hints.
-        parts = re.split(r"[─-╿]{4,}", said.getvalue())
-        raise UserError(
-            " ".join(re.sub(r"[│]", " ", parts[min(2, len(parts) - 1)]).split())
-        ) from None
+        # tyro draws a box: its second part is the message, the others are a title and hints.
+        message = re.split(r"[─-╿]{4,}", said.getvalue())[1]
+        raise UserError(" ".join(message.replace("│", " ").split())) from None
 
 
 def _from_dict(kind: type[T], value: Any, where: str) -> T:

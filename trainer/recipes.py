@@ -89,7 +89,7 @@ def transnext_base() -> RunConfig:
     return _transnext("base", drop_path=0.6)
 
 
-def transnext_micro_AAAA() -> RunConfig:  # noqa: N802 (the published name)
+def transnext_micro_AAAA() -> RunConfig:
     """TransNeXt-Micro with aggregated attention in all stages, at 256 pixels."""
     return _transnext("micro_AAAA", drop_path=0.15, img_size=256)
 
