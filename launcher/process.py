@@ -1,0 +1,144 @@
+"""Which of a run's processes this one is: torchrun's, Slurm's, or the only one.
+
+A pure function of the environment: nothing is asked of the network, of Slurm or of torch, so the
+answer is the same on a login node, in a test and in a job.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process of a run and where its process group meets.
+
+    `rank` counts over the whole run and `local_rank` within a machine; `node` numbers the
+    machines. `address` and `port` are rank 0's; a single process has port 0, any free port.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    node: int
+    address: str
+    port: int
+    kind: Literal["torchrun", "slurm", "single"]
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Process:
+        """Read the process from torchrun's variables, else from a Slurm step's, else be alone.
+
+        The shell of a Slurm job or allocation is no step: only what `srun` starts counts, so that
+        a command typed there runs by itself instead of waiting for processes nobody starts.
+
+        Raises:
+            UserError: if a variable is missing, malformed or contradicts another.
+        """
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            return cls._checked(_torchrun(environment))
+        if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+            return cls._checked(_slurm(environment))
+        return cls(
+            rank=0, world_size=1, local_rank=0, node=0, address="127.0.0.1", port=0, kind="single"
+        )
+
+    @classmethod
+    def _checked(cls, process: Process) -> Process:
+        if not 0 <= process.rank < process.world_size:
+            raise UserError(
+                f"the {process.kind} environment gives rank {process.rank} of a world of "
+                f"{process.world_size}: start the worker by torchrun, srun or foveate pretrain"
+            )
+        return process
+
+
+def _torchrun(environment: Mapping[str, str]) -> Process:
+    return Process(
+        rank=_integer(environment, "RANK"),
+        world_size=_integer(environment, "WORLD_SIZE"),
+        local_rank=_integer(environment, "LOCAL_RANK"),
+        node=_integer(environment, "GROUP_RANK") if "GROUP_RANK" in environment else 0,
+        address=_value(environment, "MASTER_ADDR"),
+        port=_integer(environment, "MASTER_PORT"),
+        kind="torchrun",
+    )
+
+
+def _slurm(environment: Mapping[str, str]) -> Process:
+    """Read a Slurm step (https://slurm.schedmd.com/srun.html, OUTPUT ENVIRONMENT VARIABLES)."""
+    nodelist = environment.get("SLURM_STEP_NODELIST") or _value(environment, "SLURM_JOB_NODELIST")
+    port = str(_slurm_port(environment))
+    return Process(
+        rank=_integer(environment, "SLURM_PROCID"),
+        world_size=_integer(environment, "SLURM_NTASKS"),
+        local_rank=_integer(environment, "SLURM_LOCALID"),
+        node=_integer(environment, "SLURM_NODEID"),
+        # A cluster with several networks may name another interface or port than the default.
+        address=environment.get("MASTER_ADDR") or expand_hosts(nodelist)[0],
+        port=_integer({"MASTER_PORT": environment.get("MASTER_PORT") or port}, "MASTER_PORT"),
+        kind="slurm",
+    )
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """Return a port below the ephemeral range that all ranks of a step derive alike.
+
+    Jobs are 31 ports apart, so that steps which run side by side in one job do not meet the next.
+    """
+    job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
+    return 20000 + (31 * job + step) % 12000
+
+
+def _value(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise UserError(f"{name} is not set, though this looks like a distributed run: set it")
+    return environment[name]
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    value = _value(environment, name)
+    if not re.fullmatch(r"[0-9]+", value):
+        raise UserError(f"{name} is {value!r}: it must be a whole number")
+    return int(value)
+
+
+_RANGE = r"[0-9]+(?:-[0-9]+)?"
+_BRACKET = rf"\[{_RANGE}(?:,{_RANGE})*\]"
+_HOSTS = rf"(?:[^\[\],\s]|{_BRACKET})+"
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """Return the hosts of a Slurm node list in its order: `n[08-10],x5` -> n08 n09 n10 x5.
+
+    Raises:
+        UserError: if the text is no node list.
+    """
+    if not re.fullmatch(rf"{_HOSTS}(?:,{_HOSTS})*", nodelist):
+        raise UserError(f"{nodelist!r} is not a Slurm node list: expected the form node[1-3,7],x5")
+    return [host for hosts in re.findall(_HOSTS, nodelist) for host in _expand(hosts)]
+
+
+def _expand(hosts: str) -> list[str]:
+    """Expand every bracket of one entry; the last bracket runs fastest, as in Slurm."""
+    parts = re.split(rf"({_BRACKET})", hosts)
+    choices = [_numbers(part[1:-1]) if part.startswith("[") else [part] for part in parts]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Expand `08-10,3` to 08 09 10 3: the width of a range's start is kept by zero padding."""
+    numbers = []
+    for item in ranges.split(","):
+        first, _, last = item.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise UserError(f"the Slurm node range {item} runs backwards: give the smaller first")
+        numbers += [str(number).zfill(len(first)) for number in span]
+    return numbers
