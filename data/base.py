@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One encoded image: `image` holds the bytes of a JPEG or PNG file, `id` its place in the set."""
+    """One encoded image: the bytes of a JPEG or PNG file, and its place in the data set."""
 
     id: int
     image: bytes
@@ -62,7 +62,8 @@ class Batch:
     Shapes and dtypes, with B samples of H × W pixels: `images` uint8 [B, H, W, 3]; `labels` int64
     [B]; `ids` int64 [B], the samples' places in the data set; `positions` int64 [B], their places
     in the epoch's order; `valid` bool [B], False for padding (evaluation only). `epoch` counts
-    from 0.
+    from 0. `images`, `labels` and `valid` are on the training device; `ids` and `positions` stay
+    on the CPU, where the randomness that hangs on them is derived without waiting for the device.
     """
 
     images: Tensor
@@ -99,10 +100,14 @@ class Source(Protocol):
         """Return sample `id`; raises DataError naming the file if it cannot be read."""
         ...
 
+    def name(self, id: int) -> str:
+        """Where sample `id` lives, for messages: a file, or a shard and the member in it."""
+        ...
+
 
 class DataPipeline(Protocol):
     """A stream of micro-batches that yields its own state."""
 
     def batches(self, start: Cursor, shard: Shard) -> Iterator[tuple[Batch, Cursor]]:
-        """Yield micro-batches from `start` on, each with the cursor that follows it, without end."""
+        """Yield micro-batches from `start` on without end, each with the cursor after it."""
         ...

@@ -1,0 +1,191 @@
+"""Per-sample transforms: what each image goes through on its way to the network.
+
+Owns crop, flip, colour jitter and the evaluation geometry; RandAugment is in `randaugment.py`.
+Invariant: a training view is a pure function of (spec, seed, epoch, sample id, bytes): random
+numbers are derived in advance for many samples at once and handed down row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from data.base import DataError
+from data.decode import RESAMPLING, Box, Geometry, decode
+from data.randaugment import apply_policy, parse_policy
+from data.randomness import Purpose, uniforms
+
+_CROP_ATTEMPTS = 10
+_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 3  # area and ratio of each attempt; place; interpolation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSpec:
+    """The training transform.
+
+    A crop of `scale` × the image's area and aspect `ratio` is resized to `size` × `size` pixels
+    (Szegedy et al., arXiv:1409.4842), flipped with probability `hflip`, then goes through
+    `auto_augment`, a RandAugment policy as timm spells them (`rand-m9-mstd0.5-inc1`). Where there
+    is no such policy, brightness, contrast and saturation are jittered by up to ± `color_jitter`;
+    with one, jitter is left out, as the published recipes do. `interpolation` is bilinear,
+    bicubic, or random (one of the two per image). `fill` colours what geometric operations
+    uncover.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    color_jitter: float = 0.0
+    fill: tuple[int, int, int] = (124, 116, 104)
+
+    def __post_init__(self) -> None:
+        _check_interpolation(self.interpolation, ("random", *RESAMPLING))
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise DataError(f"crop scale {self.scale} must rise within (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise DataError(f"crop ratio {self.ratio} must rise from above 0")
+        if self.auto_augment is not None:
+            parse_policy(self.auto_augment)
+
+    def render(
+        self, images: Iterable[bytes], ids: NDArray[np.int64], *, seed: int, epoch: int
+    ) -> Iterable[NDArray[np.uint8]]:
+        """Yield the training view of each encoded image: uint8 [size, size, 3].
+
+        `ids` int64 [n] are the images' sample ids. A corrupt image raises DataError when its
+        turn comes.
+        """
+        crops = uniforms(seed, epoch, ids, Purpose.CROP, count=_CROP_DRAWS)
+        flips = uniforms(seed, epoch, ids, Purpose.FLIP, count=1)[:, 0] < self.hflip
+        colors = self._color_draws(ids, seed=seed, epoch=epoch)
+        for row, image in enumerate(images):
+            pixels = decode(image, partial(self._geometry, crops[row]))
+            if flips[row]:
+                pixels = pixels[:, ::-1]
+            yield pixels if colors is None else self._recolor(pixels, colors[row])
+
+    def _geometry(self, draws: NDArray[np.float64], width: int, height: int) -> Geometry:
+        interpolation = self.interpolation
+        if interpolation == "random":
+            interpolation = "bilinear" if draws[-1] < 0.5 else "bicubic"
+        box = crop_box(draws, width, height, scale=self.scale, ratio=self.ratio)
+        return Geometry(box, (self.size, self.size), interpolation=interpolation)
+
+    def _color_draws(
+        self, ids: NDArray[np.int64], *, seed: int, epoch: int
+    ) -> NDArray[np.float64] | None:
+        if self.auto_augment is not None:
+            count = parse_policy(self.auto_augment).num_draws
+            return uniforms(seed, epoch, ids, Purpose.AUTO_AUGMENT, count=count)
+        if self.color_jitter > 0:
+            return uniforms(seed, epoch, ids, Purpose.COLOR_JITTER, count=6)
+        return None
+
+    def _recolor(self, pixels: NDArray[np.uint8], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
+        picture = Image.fromarray(pixels)
+        if self.auto_augment is None:
+            return np.asarray(jitter(picture, draws, strength=self.color_jitter))
+        policy = parse_policy(self.auto_augment)
+        resample = RESAMPLING["bilinear" if self.interpolation == "bilinear" else "bicubic"]
+        return np.asarray(apply_policy(picture, policy, draws, resample=resample, fill=self.fill))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """The evaluation transform, without any randomness.
+
+    The shorter side is resized to `size` / `crop_pct` and the centre cut out; with `squash` the
+    whole image is warped to the square instead (as for sizes from 384 up). At crop_pct 1 an
+    image that has the right size already is left as it is.
+    """
+
+    size: int = 224
+    crop_pct: float = 0.875
+    squash: bool = False
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_interpolation(self.interpolation, tuple(RESAMPLING))
+        if not 0 < self.crop_pct <= 1:
+            raise DataError(f"crop_pct {self.crop_pct} must lie in (0, 1]")
+
+    def render(self, images: Iterable[bytes]) -> Iterable[NDArray[np.uint8]]:
+        """Yield the evaluation view of each encoded image: uint8 [size, size, 3]."""
+        for image in images:
+            yield decode(image, self._geometry)
+
+    def _geometry(self, width: int, height: int) -> Geometry:
+        if self.squash:
+            return Geometry(None, (self.size, self.size), interpolation=self.interpolation)
+        short = math.floor(self.size / self.crop_pct)
+        if width <= height:
+            resized = (short, int(short * height / width))
+        else:
+            resized = (int(short * width / height), short)
+        left, top = (round((side - self.size) / 2) for side in resized)
+        window = (left, top, left + self.size, top + self.size)
+        return Geometry(None, resized, window, self.interpolation)
+
+
+def crop_box(
+    draws: NDArray[np.float64],
+    width: int,
+    height: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Return the random crop of an image, as torchvision's RandomResizedCrop defines it.
+
+    `draws` are 23 uniform numbers. Up to ten attempts draw an area uniformly from `scale` and an
+    aspect ratio log-uniformly from `ratio`; if none fits, the largest centred crop whose aspect
+    lies in `ratio` is taken.
+    """
+    areas = draws[:_CROP_ATTEMPTS] * (scale[1] - scale[0]) + scale[0]
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for area, draw in zip(areas.tolist(), draws[_CROP_ATTEMPTS:].tolist(), strict=False):
+        aspect = math.exp(log_low + draw * (log_high - log_low))
+        crop_width = round(math.sqrt(area * width * height * aspect))
+        crop_height = round(math.sqrt(area * width * height / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(draws[-3] * (width - crop_width + 1))
+            top = int(draws[-2] * (height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    return _centre_box(width, height, ratio)
+
+
+def jitter(picture: Image.Image, draws: NDArray[np.float64], *, strength: float) -> Image.Image:
+    """Scale brightness, contrast and saturation, in random order, by 1 ± `strength`.
+
+    `draws` are six uniform numbers: three factors, and three ranks that order the operations.
+    """
+    low, high = max(0.0, 1 - strength), 1 + strength
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for index in np.argsort(draws[3:]):
+        factor = low + float(draws[index]) * (high - low)
+        picture = enhancers[index](picture).enhance(factor)
+    return picture
+
+
+def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+    crop_width, crop_height = width, height
+    if width / height < ratio[0]:
+        crop_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_width = round(height * ratio[1])
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def _check_interpolation(value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise DataError(f"interpolation {value!r} is not one of {', '.join(known)}")

@@ -1,0 +1,90 @@
+"""Decoding: the bytes of a JPEG or PNG file and a geometry -> uint8 pixels.
+
+Owns the definition of the pixels the network sees before augmentation: decode in full, cut out
+the box, then resample the cut-out with an antialiased filter, so that nothing outside the box
+ever shows through; a faster decoder is judged by this one.
+Pillow decodes and resamples: its filters are what the published recipes were trained with.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, JpegImagePlugin, PngImagePlugin
+
+from data.base import DataError
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_MAX_PIXELS = 1 << 28  # beyond any photograph: a corrupt header, or a bomb
+_READERS = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What becomes of an image: cut out `box`, resize that to `size` (width, height), cut `window`.
+
+    A None leaves the step out.
+    """
+
+    box: Box | None
+    size: tuple[int, int]
+    window: Box | None = None
+    interpolation: str = "bicubic"
+
+
+def open_image(image: bytes) -> Image.Image:
+    """Return the image undecoded, its `.size` known; raises DataError if it is of neither kind."""
+    for magic, reader in _READERS:
+        if image.startswith(magic):
+            return _checked(reader, image)
+    raise DataError(
+        f"is neither JPEG nor PNG: {len(image)} bytes beginning {image[:8].hex(' ') or 'nowhere'}; "
+        "replace or remove the file"
+    )
+
+
+def decode(image: bytes, geometry: Callable[[int, int], Geometry]) -> NDArray[np.uint8]:
+    """Decode `image` to RGB pixels uint8 [H, W, 3].
+
+    `geometry` maps the image's (width, height) to what is cut out and how it is resized. Raises
+    DataError if the bytes are no JPEG or PNG file, truncated, or corrupt.
+    """
+    picture = open_image(image)
+    plan = geometry(*picture.size)
+    try:
+        picture.load()
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"cannot be decoded ({error}); replace the file") from error
+    if plan.box is not None and plan.box != (0, 0, *picture.size):
+        picture = picture.crop(plan.box)
+    if plan.size != picture.size:
+        picture = picture.resize(plan.size, RESAMPLING[plan.interpolation])
+    if plan.window is not None and plan.window != (0, 0, *picture.size):
+        picture = picture.crop(plan.window)
+    return np.asarray(picture)
+
+
+def _checked(reader: Callable[[io.BytesIO], Image.Image], image: bytes) -> Image.Image:
+    try:
+        picture = reader(io.BytesIO(image))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"cannot be decoded ({error}); replace the file") from error
+    if picture.width * picture.height > _MAX_PIXELS:
+        raise DataError(
+            f"claims {picture.width} × {picture.height} pixels, more than {_MAX_PIXELS}; "
+            "replace or remove the file"
+        )
+    return picture
