@@ -1,0 +1,14 @@
+"""The operators the models call, each with one definition in `eager`.
+
+Invariant: models import operators from here and nowhere else.
+"""
+
+from .eager import (
+    aggregated_attention as aggregated_attention,
+)
+from .eager import (
+    conv_glu as conv_glu,
+)
+from .eager import (
+    cosine_attention as cosine_attention,
+)

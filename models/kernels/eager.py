@@ -1,0 +1,201 @@
+"""The definition of every operator, in plain PyTorch; any faster form is judged by it.
+
+Invariant: normalisation, logits and softmax are computed in float32 (float64 for float64 inputs)
+whatever the input dtype and autocast say. Shapes: B batch, N = H·W tokens, M pooled tokens,
+h heads, d head width, C = h·d.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast does not touch what is computed on `x`'s device."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def aggregated_attention(
+    q: Tensor,
+    kv: Tensor,
+    kv_pool: Tensor,
+    *,
+    query_embedding: Tensor,
+    temperature: Tensor,
+    key_count: Tensor,
+    local_bias: Tensor,
+    pool_bias: Tensor,
+    tokens: Tensor,
+    token_bias: Tensor,
+) -> Tensor:
+    """Attention over the 3x3 window around each query and a pooled view of the whole image.
+
+    TransNeXt (arXiv 2311.17132), aggregated attention: cosine logits scaled by a learned
+    temperature and the log of the number of visible keys, one softmax over both paths, and
+    learned tokens added to the window's weights after it.
+
+    q [B, H, W, C], kv [B, H, W, 2C] (keys, then values), kv_pool [B, M, 2C];
+    query_embedding [h, 1, d], temperature [h, 1, 1], key_count [N] (visible keys of each query),
+    local_bias [h, N, 9] (-inf outside the image), pool_bias [h, N, M], tokens [h, d, 9],
+    token_bias [h, 1, 9]. Returns [B, H, W, C] in q's dtype.
+    """
+    num_heads, _, width = query_embedding.shape
+    batch, height, columns, channels = q.shape
+    with full_precision(q):
+        unit = F.normalize(widen(_heads(q, num_heads)), dim=-1)
+        scaled = _scale_queries(unit, query_embedding, temperature, key_count)
+        keys, values = (_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
+        keys_pool, values_pool = (
+            part.unflatten(-1, (num_heads, width)).transpose(1, 2)
+            for part in kv_pool.chunk(2, dim=-1)
+        )
+        near = window_logits(scaled, F.normalize(widen(keys), dim=-1)).flatten(2, 3)
+        far = scaled.flatten(2, 3) @ F.normalize(widen(keys_pool), dim=-1).transpose(-2, -1)
+        weights = torch.cat([near + local_bias, far + pool_bias], dim=-1).softmax(dim=-1)
+        near, far = weights.split([9, weights.shape[-1] - 9], dim=-1)
+        near = near + (unit.flatten(2, 3) @ widen(tokens) + widen(token_bias))
+        near = near.unflatten(2, (height, columns)).to(values.dtype)
+        mixed = window_mix(near, values)
+        mixed = mixed + (far.to(values.dtype) @ values_pool).unflatten(2, (height, columns))
+    return mixed.permute(0, 2, 3, 1, 4).reshape(batch, height, columns, channels)
+
+
+def cosine_attention(
+    qkv: Tensor,
+    *,
+    query_embedding: Tensor,
+    temperature: Tensor,
+    key_count: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Global attention with the cosine logits of `aggregated_attention`.
+
+    qkv [B, H, W, 3C] (queries, keys, values), query_embedding [h, 1, d], temperature [h, 1, 1],
+    key_count [N], bias [h, N, N]. Returns [B, H, W, C] in qkv's dtype.
+    """
+    num_heads = query_embedding.shape[0]
+    grid = qkv.shape[1:3]
+    with full_precision(qkv):
+        queries, keys, values = (
+            part.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+            for part in qkv.chunk(3, dim=-1)
+        )
+        unit = F.normalize(widen(queries), dim=-1).unflatten(2, grid)
+        scaled = _scale_queries(unit, query_embedding, temperature, key_count)
+        logits = scaled.flatten(2, 3) @ F.normalize(widen(keys), dim=-1).transpose(-2, -1)
+        mixed = (logits + bias).softmax(dim=-1).to(values.dtype) @ values
+    return mixed.transpose(1, 2).flatten(2).unflatten(1, grid)
+
+
+def conv_glu(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`GELU(depthwise 3x3 convolution of gate) * value`, the core of TransNeXt's ConvGLU.
+
+    gate and value [B, H, W, D], weight [D, 1, 3, 3], bias [D]. Returns [B, H, W, D].
+    """
+    return F.gelu(depthwise_conv(gate, weight, bias)) * value
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1) -> Tensor:
+    """Depthwise convolution of `x` [B, H, W, C] by `weight` [C, 1, k, k], "same" padding."""
+    out = F.conv2d(
+        x.permute(0, 3, 1, 2),
+        weight,
+        bias,
+        stride=stride,
+        padding=weight.shape[-1] // 2,
+        groups=x.shape[-1],
+    )
+    return out.permute(0, 2, 3, 1)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, H, W, C] as a view [B, h, H, W, d]."""
+    return x.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4)
+
+
+def _scale_queries(
+    unit: Tensor, query_embedding: Tensor, temperature: Tensor, key_count: Tensor
+) -> Tensor:
+    """(q̂ + embedding) · softplus(temperature) · ln(key count), for unit queries [B, h, H, W, d]."""
+    scale = F.softplus(widen(temperature)) * widen(key_count).log()[:, None]
+    scale = scale.unflatten(1, unit.shape[2:4])
+    return (unit + widen(query_embedding)[:, None]) * scale
+
+
+def window_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Dot products of each query with the keys of its 3x3 window; 0 outside the image.
+
+    q and k [B, h, H, W, d]. Returns [B, h, H, W, 9], slot 3a + b being row + a - 1, column + b - 1.
+    """
+    return _WindowLogits.apply(q, k)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def window_mix(weights: Tensor, v: Tensor) -> Tensor:
+    """Sum of the values of each 3x3 window, weighted; values outside the image are 0.
+
+    weights [B, h, H, W, 9] in the slot order of `window_logits`, v [B, h, H, W, d].
+    Returns [B, h, H, W, d].
+    """
+    return _WindowMix.apply(weights, v)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _WindowLogits(torch.autograd.Function):
+    """Its gradients are window sums themselves, so no slice is ever padded back and added."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors  # type: ignore[attr-defined]
+        (grad,) = grads
+        return window_mix(grad, k), window_mix(_seen_from_key(grad), q)
+
+
+class _WindowMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, weights: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, v)
+        slots = weights.split(1, dim=-1)
+        shifts = _shifts(v)
+        mixed = slots[0] * shifts[0]
+        for slot, near in zip(slots[1:], shifts[1:], strict=True):
+            mixed = mixed.addcmul_(slot, near)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        weights, v = ctx.saved_tensors  # type: ignore[attr-defined]
+        (grad,) = grads
+        return window_logits(grad, v), window_mix(_seen_from_key(weights), grad)
+
+
+def _shifts(x: Tensor) -> list[Tensor]:
+    """The nine neighbours of every pixel of `x` [B, h, H, W, d], as views of one padded copy."""
+    height, width = x.shape[2:4]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    return [
+        padded[:, :, row : row + height, column : column + width]
+        for row in range(3)
+        for column in range(3)
+    ]
+
+
+def _seen_from_key(weights: Tensor) -> Tensor:
+    """Turn weights by (query, slot) into weights by (key, opposite slot), [B, h, H, W, 9] both."""
+    shifts = _shifts(weights)
+    return torch.stack([shifts[slot][..., 8 - slot] for slot in range(9)], dim=-1)

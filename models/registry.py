@@ -1,0 +1,87 @@
+"""The models by name, and the one function that builds them.
+
+Invariant: a name fixes everything but input size, pretraining size, drop path and classes.
+"""
+
+from difflib import get_close_matches
+from typing import get_args
+
+from .base import Backbone, ModelError
+from .transnext import PositionMode, TransNeXt, TransNeXtConfig
+
+MODELS: dict[str, TransNeXtConfig] = {
+    "transnext_pico": TransNeXtConfig(
+        widths=(32, 64, 96, 128),
+        depths=(1, 2, 2, 1),
+        heads=(2, 4, 6, 8),
+        mlp_ratios=(4, 4, 4, 3),
+        sr_ratios=(4, 2, 2, 1),
+        stem_stride=2,
+        drop_path=0.0,
+    ),
+    "transnext_micro": TransNeXtConfig(
+        widths=(48, 96, 192, 384), depths=(2, 2, 15, 2), heads=(2, 4, 8, 16), drop_path=0.15
+    ),
+    "transnext_micro_AAAA": TransNeXtConfig(
+        widths=(48, 96, 192, 384),
+        depths=(2, 2, 15, 2),
+        heads=(2, 4, 8, 16),
+        sr_ratios=(16, 8, 4, 2),
+        drop_path=0.15,
+    ),
+    "transnext_tiny": TransNeXtConfig(
+        widths=(72, 144, 288, 576), depths=(2, 2, 15, 2), heads=(3, 6, 12, 24), drop_path=0.25
+    ),
+    "transnext_small": TransNeXtConfig(
+        widths=(72, 144, 288, 576), depths=(5, 5, 22, 5), heads=(3, 6, 12, 24), drop_path=0.45
+    ),
+    "transnext_base": TransNeXtConfig(
+        widths=(96, 192, 384, 768), depths=(5, 5, 23, 5), heads=(4, 8, 16, 32), drop_path=0.6
+    ),
+}
+
+
+def build(
+    name: str,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    pretrain_size: int | tuple[int, int] | None = None,
+    fixed_pool_size: int | None = None,
+    position_mode: PositionMode = "extrapolate",
+    drop_path: float | None = None,
+    num_classes: int = 1000,
+) -> Backbone:
+    """Build the backbone `name` for images of `img_size` (a side, or height and width).
+
+    `pretrain_size`, `fixed_pool_size` and `position_mode` are explained at `TransNeXt`;
+    `drop_path` None means the published rate. The weights are initialised, except on the meta
+    device, where `to_empty`, `init_weights` and `reset_buffers` follow. Raises ModelError for an
+    unknown name and for options that do not fit the model.
+    """
+    if name not in MODELS:
+        nearest = get_close_matches(name, MODELS, n=1, cutoff=0) or [""]
+        raise ModelError(f"unknown model {name!r}; the nearest is {nearest[0]!r}")
+    config = MODELS[name]
+    if position_mode not in get_args(PositionMode):
+        raise ModelError(
+            f"position_mode is {position_mode!r}; it must be one of {get_args(PositionMode)}"
+        )
+    model = TransNeXt(
+        config,
+        img_size=_pair("img_size", img_size),
+        pretrain_size=None if pretrain_size is None else _pair("pretrain_size", pretrain_size),
+        fixed_pool_size=fixed_pool_size,
+        position_mode=position_mode,
+        drop_path=config.drop_path if drop_path is None else drop_path,
+        num_classes=num_classes,
+    )
+    if not next(model.parameters()).is_meta:
+        model.init_weights()
+    return model
+
+
+def _pair(option: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ModelError(f"{option} is {size}; both sides must be at least 1 pixel")
+    return height, width

@@ -1,0 +1,455 @@
+"""TransNeXt (Shi, arXiv 2311.17132): every size, any input size, official parameter names.
+
+Invariant: what depends on resolution (`Geometry`) is integers, computed by arithmetic from the
+grid alone, shared by the blocks of a stage and never part of the state dict.
+Shapes: B batch, H×W stage grid, N = H·W tokens, C width, h heads, M pooled tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
+from .kernels import aggregated_attention, conv_glu, cosine_attention
+from .kernels.eager import full_precision, widen
+from .layers import drop_path
+
+PositionMode = Literal["extrapolate", "interpolate"]
+Pair = tuple[int, int]
+BUFFERS = ("rows", "columns", "pairs", "key_count", "outside")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransNeXtConfig:
+    """What makes one size: four entries each, one per stage.
+
+    A spatial reduction ratio of 1 makes a stage attend globally; above 1 it aggregates the 3x3
+    window and a view pooled by that ratio. `drop_path` is the published rate of the last block.
+    """
+
+    widths: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+    drop_path: float
+    mlp_ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
+    sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
+    stem_stride: int = 4
+
+
+class Geometry(NamedTuple):
+    """Where the tokens of one stage are; every tensor holds integers.
+
+    rows [R], columns [S]: the distinct query-minus-key offsets along each axis, doubled (centres
+    of pooling bins are half-integers). pairs [N·M]: for every query and key, which of the R·S
+    pairs of offsets. key_count [N]: keys visible to each query. outside [N, 9] (bool): slots of
+    the 3x3 window beyond the image.
+    """
+
+    plan: "StagePlan"
+    rows: Tensor
+    columns: Tensor
+    pairs: Tensor
+    key_count: Tensor
+    outside: Tensor
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Log-spaced offsets along rows [R] and columns [S], float32: the input of the bias MLP."""
+        span = self.plan.span
+        return _log_offset(self.rows, span[0]), _log_offset(self.columns, span[1])
+
+
+class StagePlan(NamedTuple):
+    """The sizes of one stage.
+
+    `grid` and `pool` are the query and key grids; `bias_grid` and `bias_pool` those on which the
+    position bias is evaluated, which differ under interpolation only. `span` is the pretraining
+    grid, by which coordinates are scaled. `windowed` stages see a 3x3 window besides the keys.
+    """
+
+    grid: Pair
+    pool: Pair
+    bias_grid: Pair
+    bias_pool: Pair
+    span: Pair
+    windowed: bool
+
+
+def _log_offset(doubled: Tensor, span: int) -> Tensor:
+    # A span of one cell would divide by zero; there is then a single offset, zero.
+    delta = doubled.float() * (4.0 / max(span - 1, 1))
+    return delta.sign() * (1 + delta.abs()).log2() / 3
+
+
+def _axis_offsets(size: int, bins: int) -> tuple[list[int], list[list[int]]]:
+    """Distinct doubled offsets of `size` queries from the centres of `bins` pooling bins.
+
+    Returns the sorted offsets and, for each query and bin, the place of theirs among them.
+    """
+    centres = [bin * size // bins + -(-(bin + 1) * size // bins) - 1 for bin in range(bins)]
+    step = math.gcd(2, *(centre - centres[0] for centre in centres))
+    lowest = -centres[-1]
+    offsets = list(range(lowest, 2 * size - 1 - centres[0], step))
+    return offsets, [
+        [(2 * query - centre - lowest) // step for centre in centres] for query in range(size)
+    ]
+
+
+def _visible_keys(grid: Pair, device: torch.device) -> Tensor:
+    """[N, 9] bool: whether each slot of each query's 3x3 window lies in the image."""
+    row_hit, column_hit = (
+        torch.arange(size, device=device)[:, None] + torch.arange(-1, 2, device=device)
+        for size in grid
+    )
+    row_hit = (row_hit >= 0) & (row_hit < grid[0])
+    column_hit = (column_hit >= 0) & (column_hit < grid[1])
+    return (row_hit[:, None, :, None] & column_hit[None, :, None, :]).reshape(-1, 9)
+
+
+def stage_geometry(plan: StagePlan, *, device: torch.device) -> Geometry:
+    """Compute the geometry of a stage on `device`, which may be meta."""
+    rows, row_places = _axis_offsets(plan.bias_grid[0], plan.bias_pool[0])
+    columns, column_places = _axis_offsets(plan.bias_grid[1], plan.bias_pool[1])
+    by_row = torch.tensor(row_places, device=device)[:, None, :, None]
+    by_column = torch.tensor(column_places, device=device)[None, :, None, :]
+    visible = _visible_keys(plan.grid, device)
+    return Geometry(
+        plan=plan,
+        rows=torch.tensor(rows, device=device),
+        columns=torch.tensor(columns, device=device),
+        pairs=(by_row * len(columns) + by_column).flatten(),
+        key_count=visible.sum(dim=1) * plan.windowed + math.prod(plan.pool),
+        outside=~visible,
+    )
+
+
+class PositionBias(nn.Module):
+    """Mixin of both attentions: the log-spaced continuous position bias, `cpb_fc1` and `cpb_fc2`.
+
+    The two-layer perceptron runs once on every distinct pair of offsets, in float32.
+    """
+
+    cpb_fc1: nn.Linear
+    cpb_fc2: nn.Linear
+
+    def position_bias(self, geometry: Geometry) -> Tensor:
+        """The bias [h, N, M] added to the logits."""
+        weight, hidden_bias = widen(self.cpb_fc1.weight), widen(self.cpb_fc1.bias)
+        with full_precision(weight):
+            rows, columns = (part.to(weight.dtype) for part in geometry.features())
+            # A linear layer on (row, column) pairs is a sum of one term per axis.
+            hidden = (rows[:, None] * weight[:, 0])[:, None]
+            hidden = F.relu(hidden + (columns[:, None] * weight[:, 1] + hidden_bias))
+            table = F.linear(hidden, widen(self.cpb_fc2.weight), widen(self.cpb_fc2.bias))
+            bias = F.embedding(geometry.pairs, table.flatten(0, 1)).t()
+            return _fit(bias, geometry)
+
+
+def _fit(bias: Tensor, geometry: Geometry) -> Tensor:
+    """[h, N·M] over the bias grids as [h, N, M] over the true ones, interpolated if they differ."""
+    plan, num_heads = geometry.plan, bias.shape[0]
+    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.pool)
+    if (plan.bias_grid, plan.bias_pool) == (plan.grid, plan.pool):
+        return bias.reshape(num_heads, num_queries, num_keys)
+    bias = bias.reshape(-1, 1, *plan.bias_pool)
+    bias = F.interpolate(bias, plan.pool, mode="bilinear")
+    bias = bias.reshape(num_heads, *plan.bias_grid, num_keys).permute(0, 3, 1, 2)
+    bias = F.interpolate(bias, plan.grid, mode="bilinear")
+    return bias.permute(0, 2, 3, 1).reshape(num_heads, num_queries, num_keys)
+
+
+class AggregatedAttention(PositionBias):
+    """Window and pooled attention of the stages with a spatial reduction ratio above 1."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        head_width = width // num_heads
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, head_width))
+        self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, 9))
+        self.learnable_tokens = nn.Parameter(torch.empty(num_heads, head_width, 9))
+        self.learnable_bias = nn.Parameter(torch.empty(num_heads, 1, 9))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.sr = nn.Conv2d(width, width, 1)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.cpb_fc1 = nn.Linear(2, 512)
+        self.cpb_fc2 = nn.Linear(512, num_heads)
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C]."""
+        pooled = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
+        pooled = F.adaptive_avg_pool2d(pooled.permute(0, 3, 1, 2), geometry.plan.pool)
+        pooled = self.norm(pooled.flatten(2).transpose(1, 2))
+        local_bias = widen(self.relative_pos_bias_local)[:, None, :]
+        mixed = aggregated_attention(
+            self.q(x),
+            self.kv(x),
+            self.kv(pooled),
+            query_embedding=self.query_embedding,
+            temperature=self.temperature,
+            key_count=geometry.key_count,
+            local_bias=local_bias.masked_fill(geometry.outside, -math.inf),
+            pool_bias=self.position_bias(geometry),
+            tokens=self.learnable_tokens,
+            token_bias=self.learnable_bias,
+        )
+        return self.proj(mixed)
+
+
+class Attention(PositionBias):
+    """Global cosine attention of a stage with spatial reduction ratio 1."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, width // num_heads))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.cpb_fc1 = nn.Linear(2, 512)
+        self.cpb_fc2 = nn.Linear(512, num_heads)
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C]."""
+        mixed = cosine_attention(
+            self.qkv(x),
+            query_embedding=self.query_embedding,
+            temperature=self.temperature,
+            key_count=geometry.key_count,
+            bias=self.position_bias(geometry),
+        )
+        return self.proj(mixed)
+
+
+class DepthwiseConv(nn.Module):
+    """Holds the 3x3 depthwise weights under their official name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+
+class ConvGLU(nn.Module):
+    """Gated feed-forward whose gate sees its 3x3 neighbourhood."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        hidden = 2 * width * ratio // 3
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C]."""
+        # Two products instead of one and a split: both halves come out contiguous.
+        weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
+        gate, value = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        conv = self.dwconv.dwconv
+        return self.fc2(conv_glu(gate, value, conv.weight, conv.bias))
+
+
+class ResidualBlock(nn.Module):
+    """x + DropPath(attention(norm(x))), then x + DropPath(ConvGLU(norm(x)))."""
+
+    def __init__(
+        self, width: int, *, num_heads: int, mlp_ratio: int, sr_ratio: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        mixer = Attention if sr_ratio == 1 else AggregatedAttention
+        self.attn = mixer(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = ConvGLU(width, mlp_ratio)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, geometry: Geometry, noise: Tensor | None) -> Tensor:
+        """x [B, H, W, C], noise [2, B] or None -> [B, H, W, C]."""
+        first, second = (None, None) if noise is None else noise.unbind()
+        x = x + drop_path(self.attn(self.norm1(x), geometry), first, self.drop_path)
+        return x + drop_path(self.mlp(self.norm2(x)), second, self.drop_path)
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution and a norm: the start of a stage."""
+
+    def __init__(self, channels: int, width: int, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, H, W] -> [B, H', W', C]."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class TransNeXt(Backbone):
+    """The backbone; stage i is `patch_embed{i}`, the list `block{i}` and `norm{i}`.
+
+    `pretrain_size` scales the coordinates of the position bias (default: `img_size`);
+    `fixed_pool_size` pools every aggregating stage to that many cells a side at any input size.
+    At another input size than `img_size`, `position_mode` "extrapolate" evaluates the bias there
+    and "interpolate" resizes the one of `img_size`. Raises ModelError for a `fixed_pool_size` beyond a grid.
+    """
+
+    def __init__(
+        self,
+        config: TransNeXtConfig,
+        *,
+        img_size: Pair,
+        pretrain_size: Pair | None,
+        fixed_pool_size: int | None,
+        position_mode: PositionMode,
+        drop_path: float,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.img_size = img_size
+        self.pretrain_size = pretrain_size or img_size
+        self.fixed_pool_size = fixed_pool_size
+        self.position_mode = position_mode
+        self.num_classes = num_classes
+        self.drop_path = drop_path_rates(drop_path, num_blocks=sum(config.depths))
+        rates = iter(self.drop_path)
+        for stage in range(4):
+            self._add_stage(stage, [next(rates) for _ in range(config.depths[stage])])
+        self.head = nn.Linear(config.widths[3], num_classes)
+        self.feature_info = [
+            {
+                "num_chs": width,
+                "reduction": config.stem_stride * 2**stage,
+                "module": f"norm{stage + 1}",
+            }
+            for stage, width in enumerate(config.widths)
+        ]
+        self.reset_buffers(img_size)
+
+    def _add_stage(self, stage: int, rates: list[float]) -> None:
+        config, number = self.config, stage + 1
+        width = config.widths[stage]
+        if stage == 0:
+            stride = config.stem_stride
+            embed = PatchEmbed(3, width, kernel=2 * stride - 1, stride=stride)
+        else:
+            embed = PatchEmbed(config.widths[stage - 1], width, kernel=3, stride=2)
+        blocks = nn.ModuleList(
+            ResidualBlock(
+                width,
+                num_heads=config.heads[stage],
+                mlp_ratio=config.mlp_ratios[stage],
+                sr_ratio=config.sr_ratios[stage],
+                drop_path=rate,
+            )
+            for rate in rates
+        )
+        self.add_module(f"patch_embed{number}", embed)
+        self.add_module(f"block{number}", blocks)
+        self.add_module(f"norm{number}", nn.LayerNorm(width, eps=1e-6))
+
+    def blocks(self) -> list[Block]:
+        """Every part in the order of the forward pass; see `Block`."""
+        parts, depth = [], 0
+        for stage in range(1, 5):
+            name = f"patch_embed{stage}"
+            parts.append(Block(name, self.get_submodule(name), stage, depth, residual=False))
+            for index, module in enumerate(self.get_submodule(f"block{stage}").children()):
+                parts.append(Block(f"block{stage}.{index}", module, stage, depth))
+                depth += 1
+            name = f"norm{stage}"
+            parts.append(Block(name, self.get_submodule(name), stage, depth, residual=False))
+        return [*parts, Block("head", self.head, 4, depth, residual=False)]
+
+    def stages(self, x: Tensor, drop_noise: Tensor | None) -> list[Tensor]:
+        """The outputs [B, C, H, W] of norm1 to norm4."""
+        outputs, depth = [], 0
+        for stage in range(1, 5):
+            geometry = self.geometry(stage)
+            x = self.get_submodule(f"patch_embed{stage}")(x)
+            for block in self.get_submodule(f"block{stage}").children():
+                x = block(x, geometry, None if drop_noise is None else drop_noise[depth])
+                depth += 1
+            x = self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2)
+            outputs.append(x)
+        return outputs
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Mean over the tokens, then the linear head."""
+        return self.head(x.mean(dim=(2, 3)))
+
+    def reset_buffers(self, size: Pair) -> None:
+        """Fit the geometry of every stage to inputs of `size`; see `Backbone.reset_buffers`."""
+        self._plans = [self._plan(stage, size) for stage in range(4)]
+        self.size = size
+        for stage, plan in enumerate(self._plans, start=1):
+            geometry = stage_geometry(plan, device=self.head.weight.device)
+            for name in BUFFERS:
+                self.register_buffer(f"{name}{stage}", getattr(geometry, name), persistent=False)
+
+    def geometry(self, stage: int) -> Geometry:
+        """The geometry of stage 1 to 4 at the current size."""
+        tensors = (self.get_buffer(f"{name}{stage}") for name in BUFFERS)
+        return Geometry(self._plans[stage - 1], *tensors)
+
+    def _plan(self, stage: int, size: Pair) -> StagePlan:
+        bias_size = self.img_size if self.position_mode == "interpolate" else size
+        grid, bias_grid, span = (
+            stage_grids(each, stem_stride=self.config.stem_stride)[stage]
+            for each in (size, bias_size, self.pretrain_size)
+        )
+        return StagePlan(
+            grid=grid,
+            pool=self._pool(grid, stage),
+            bias_grid=bias_grid,
+            bias_pool=self._pool(bias_grid, stage),
+            span=span,
+            windowed=self.config.sr_ratios[stage] > 1,
+        )
+
+    def _pool(self, grid: Pair, stage: int) -> Pair:
+        ratio, side = self.config.sr_ratios[stage], self.fixed_pool_size
+        if ratio == 1:
+            return grid
+        if side is None:
+            return max(1, grid[0] // ratio), max(1, grid[1] // ratio)
+        if not 1 <= side <= min(grid):
+            raise ModelError(
+                f"fixed_pool_size is {side}, but the grid of stage {stage + 1} has "
+                f"{grid[0]}x{grid[1]} tokens; choose at most {min(grid)} or larger images"
+            )
+        return side, side
+
+    def no_weight_decay(self, name: str, parameter: Tensor) -> bool:
+        """Biases, vectors, query embeddings, local and continuous position bias, temperatures."""
+        keywords = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")
+        if parameter.dim() == 1 or name.endswith(".bias"):
+            return True
+        return any(keyword in name for keyword in keywords)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Published: linear N(0, 0.02), convolutions He by fan-out, softplus(temperature) 1/0.24."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, Attention | AggregatedAttention):
+                _init_attention(module)
+
+
+def _init_attention(module: Attention | AggregatedAttention) -> None:
+    nn.init.constant_(module.temperature, math.log(math.exp(1 / 0.24) - 1))
+    nn.init.trunc_normal_(module.query_embedding, std=0.02)
+    if isinstance(module, AggregatedAttention):
+        nn.init.trunc_normal_(module.relative_pos_bias_local, std=0.0004)
+        nn.init.trunc_normal_(module.learnable_tokens, std=0.02)
+        nn.init.zeros_(module.learnable_bias)
