@@ -6,7 +6,7 @@ stream, and the batch that follows it is a pure function of (cursor, source, spe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -108,6 +108,6 @@ class Source(Protocol):
 class DataPipeline(Protocol):
     """A stream of micro-batches that yields its own state."""
 
-    def batches(self, start: Cursor, shard: Shard) -> Iterator[tuple[Batch, Cursor]]:
+    def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         """Yield micro-batches from `start` on without end, each with the cursor after it."""
         ...

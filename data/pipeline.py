@@ -105,7 +105,7 @@ class ImagePipeline:
         """Return the cursor before the first sample of epoch 0."""
         return Cursor(epoch=0, samples=0, seed=self.seed, index=self.source.fingerprint)
 
-    def batches(self, start: Cursor, shard: Shard) -> Iterator[tuple[Batch, Cursor]]:
+    def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         """Yield this shard's micro-batches from `start` on, each with the cursor that follows it.
 
         Raises DataError if the cursor belongs to other data or another seed, if the global batch
@@ -151,7 +151,7 @@ def eval_batches(
     num_workers: int = 2,
     prefetch: int = 2,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield batches that hold every sample exactly once over all shards, in order.
 
     Each shard yields the same number of batches, all of `batch_size`; what is missing at the end
