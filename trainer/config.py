@@ -168,7 +168,7 @@ class EvalConfig:
     batch_size: int = 1024
     """Images per forward pass over all processes."""
     crop_pct: float = 0.875
-    """Side of the centre crop as a share of the resized image; 1 warps to the square, uncropped."""
+    """Side of the centre crop as a share of the resized image (below 384 pixels; above, none)."""
 
 
 @dataclass(frozen=True, kw_only=True)

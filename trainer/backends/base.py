@@ -1,0 +1,180 @@
+"""The Backend protocol, and what the backends built on plain PyTorch share.
+
+A backend spreads a model over processes and owns its gradients and its optimizer. Invariant: the
+canonical training state it exports does not depend on which backend it is, nor on how many
+processes there are: parameter name -> fp32 weight, exp_avg, exp_avg_sq; one step; the buffers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.base import Shard
+from models.base import Backbone
+from trainer.config import OptimConfig
+from trainer.optim import adamw
+
+CanonicalState = dict[str, Tensor]
+"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What an optimizer step tells, as tensors on the device: reading them is up to the caller.
+
+    `grad_norm` is the global norm before clipping; `skipped` is 1.0 where it was not finite, and
+    the update was therefore left out.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Backend(Protocol):
+    """What the loop asks of a backend. Coarse on purpose: some own backward, clipping and step."""
+
+    device: torch.device
+
+    @property
+    def data_shard(self) -> Shard:
+        """The share of every batch that this process works on."""
+        ...
+
+    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+        """Spread an initialised model on `device`, make the optimizer, return what to call."""
+        ...
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds a forward and backward pass; `last` says that a step follows it."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss."""
+        ...
+
+    def apply(self, lr: float) -> StepInfo:
+        """Clip, step and clear the gradients, without waiting for the device."""
+        ...
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """The live local parts of parameters and floating-point buffers, by name."""
+        ...
+
+    def canonical(self, name: str, local: Tensor) -> Tensor:
+        """Dress a tensor laid out like the local part of `name` as its share of the whole."""
+        ...
+
+    def export_state(self) -> CanonicalState:
+        """The canonical training state; its tensors are the live ones."""
+        ...
+
+    def import_state(self, state: CanonicalState) -> None:
+        """Take over a state with the names and shapes of export_state()."""
+        ...
+
+
+class TorchBackend(ABC):
+    """A backend whose parameters have a local part that a plain optimizer steps.
+
+    Subclasses say how the model is wrapped, what the local part is, and how to add up over ranks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.data_shard = Shard(rank=dist.get_rank(), world_size=dist.get_world_size())
+
+    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+        """See Backend.setup."""
+        self.model = model
+        self.clip_grad = optim.clip_grad
+        wrapped = self.wrap(model)
+        self.parameters = dict(model.named_parameters())
+        self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
+        decayed = {n for n, p in self.parameters.items() if not model.no_weight_decay(n, p)}
+        self.optimizer = adamw(self.locals, decayed, optim)
+        return wrapped
+
+    @abstractmethod
+    def wrap(self, model: Backbone) -> nn.Module:
+        """Spread the model over the processes and return what to call."""
+
+    @abstractmethod
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """See Backend.micro_batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """See Backend.backward."""
+        torch.autograd.backward(loss)
+
+    @abstractmethod
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter or gradient that this process holds, sharing its memory."""
+
+    @abstractmethod
+    def canonical(self, name: str, local: Tensor) -> Tensor:
+        """See Backend.canonical."""
+
+    @abstractmethod
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """Add a number up over the processes among which parameters are divided."""
+
+    @torch.no_grad()
+    def apply(self, lr: float) -> StepInfo:
+        """See Backend.apply."""
+        grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+        grad_norm = self.sum_over_shards(squares).sqrt()
+        if self.clip_grad is not None:
+            torch._foreach_mul_(grads, (self.clip_grad / (grad_norm + 1e-6)).clamp(max=1.0))
+        skipped = (~grad_norm.isfinite()).float()
+        for name, parameter in self.parameters.items():
+            grad = parameter.grad
+            self.locals[name].grad = None if grad is None else self.local(grad)
+            parameter.grad = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The fused step reads this on the device and then leaves weights and moments alone.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepInfo(grad_norm, skipped)
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that are part of the training state, by name."""
+        kept = self.model.state_dict(keep_vars=True)
+        return ((name, b) for name, b in self.model.named_buffers() if name in kept)
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """See Backend.local_tensors."""
+        floating = {name: b for name, b in self._buffers() if b.is_floating_point()}
+        return {**self.locals, **floating}
+
+    def export_state(self) -> CanonicalState:
+        """See Backend.export_state."""
+        state: CanonicalState = {}
+        for name, local in self.locals.items():
+            state[f"weight/{name}"] = self.canonical(name, local)
+            for moment in MOMENTS:
+                held = self.optimizer.state[local][moment]
+                state[f"{moment}/{name}"] = self.canonical(name, held)
+        state.update({f"buffer/{name}": buffer for name, buffer in self._buffers()})
+        state["step"] = next(iter(self.optimizer.state.values()))["step"].clone()
+        return state
+
+    @torch.no_grad()
+    def import_state(self, state: CanonicalState) -> None:
+        """See Backend.import_state."""
+        for name, live in self.export_state().items():
+            live.copy_(state[name])
+        for held in self.optimizer.state.values():
+            held["step"].copy_(state["step"])

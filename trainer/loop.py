@@ -1,0 +1,314 @@
+"""Trainer: builds a run in order, then loops.
+
+Nothing here depends on the backend, the model family or the kind of data; there are no callbacks:
+what the loop does, it calls by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.augment import AugmentSpec, EvalSpec
+from data.base import Batch, Cursor
+from data.mixing import Mixer, MixSpec, normalize
+from data.pipeline import ImagePipeline, eval_batches, open_source
+from data.randomness import drop_noise
+from launcher.process import Process
+
+from .backends.base import Backend
+from .backends.ddp import DDPBackend
+from .backends.fsdp import FSDPBackend
+from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
+from .checkpoint import Checkpointer, State
+from .config import RunConfig, UserError
+from .ema import EMA
+from .evaluate import evaluate
+from .group import gloo_group, join
+from .metrics import MetricLogger
+from .optim import learning_rate
+from .signals import Signals
+from .state import TrainState
+from .task import classification
+
+BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend]] = {
+    "ddp": DDPBackend,
+    "fsdp": FSDPBackend,
+}
+
+
+class BadNumericsError(RuntimeError):
+    """Gradients were not finite for a whole log interval."""
+
+
+class Trainer:
+    """One process of one run."""
+
+    def __init__(self, config: RunConfig, process: Process) -> None:
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        self.device = join(process)
+        self.pipeline = make_pipeline(config, self.device)
+        self.val = open_source(config.data.source, config.data.val)
+        self.mix = make_mixer(config)
+        self.steps_per_epoch = self.pipeline.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
+        wrap_blocks(self.bare_model, config.memory)
+        synchronise_batch_norm(self.bare_model)
+        self.backend: Backend = BACKENDS[config.backend.name](self.device)
+        self.model = self.backend.setup(self.bare_model, config.optim)
+        decay = config.train.ema_decay
+        self.ema = EMA(self.backend.local_tensors(), decay) if decay > 0 else None
+        self.checkpointer = Checkpointer(
+            self.run_dir / "checkpoints",
+            gloo_group(),
+            keep_last=config.checkpoint.keep_last,
+        )
+        self.state = self._restore()
+        self.signals = Signals(gloo_group())
+        self.metrics = MetricLogger(
+            self.run_dir,
+            step=self.state.step,
+            total_steps=self.total_steps,
+            every=config.log.every,
+            batch_size=config.train.batch_size,
+        )
+
+    def run(self) -> bool:
+        """Train until the last step or a signal, save, and return whether the run is complete.
+
+        Raises:
+            BadNumericsError: if nothing could be learnt for a whole log interval.
+            UserError: if the data or the disk gives out; the last good checkpoint stays.
+        """
+        self._announce()
+        shard = self.backend.data_shard
+        with closing(self.pipeline.batches(self.state.cursor, shard)) as stream:
+            while self.state.step < self.total_steps and not self.signals.agree():
+                lr = self._learning_rate()
+                values, cursor = self._step(stream, lr)
+                self.state = self.state.advance(cursor)
+                self.metrics.train(self.state.step, values, lr=lr)
+                self._check_numerics()
+                if self._due(round(self.config.eval.every_epochs * self.steps_per_epoch)):
+                    self._evaluate()
+                if self._due(self.config.checkpoint.every) or self._is_best():
+                    self._save()
+        return self._finish()
+
+    def _step(
+        self, stream: Iterator[tuple[Batch, Cursor]], lr: float
+    ) -> tuple[dict[str, Tensor], Cursor]:
+        """Make one optimizer step; return its device scalars and the cursor after its data."""
+        accumulate = self.config.train.accumulate
+        values: dict[str, Tensor] = {}
+        for micro in range(accumulate):
+            with self.metrics.waiting_for_data():
+                batch, cursor = next(stream)
+            with self.backend.micro_batch(last=micro == accumulate - 1):
+                with self._autocast():
+                    images, targets = self.mix(batch)
+                    loss = classification(self.model, images, targets, self._drop_noise(batch))
+                self.backend.backward(loss.total / accumulate)
+            for name, part in loss.parts.items():
+                values[name] = values.get(name, torch.zeros_like(part)) + part / accumulate
+        info = self.backend.apply(lr)
+        if self.ema is not None:
+            self.ema.update()
+        return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _drop_noise(self, batch: Batch) -> Tensor | None:
+        """The micro-batch's drop-path noise, keyed by each image's place in the epoch."""
+        if self.config.model.drop_path == 0:
+            return None
+        noise = drop_noise(
+            self.config.train.seed,
+            batch.epoch,
+            batch.positions.numpy(),
+            num_blocks=self.bare_model.num_blocks,
+        )
+        return torch.from_numpy(noise).to(self.device, non_blocking=True)
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.state.step,
+            self.config.optim,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+
+    def _due(self, every: int) -> bool:
+        step = self.state.step
+        return step % max(every, 1) == 0 or step == self.total_steps
+
+    def _is_best(self) -> bool:
+        return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
+
+    def _check_numerics(self) -> None:
+        if self.metrics.skipped_share == 1.0:
+            raise BadNumericsError(
+                f"gradients were not finite for {self.config.log.every} steps up to step "
+                f"{self.state.step}: lower optim.lr, set optim.clip_grad, or use "
+                "train.precision fp32"
+            )
+
+    def _evaluate(self) -> None:
+        """Evaluate live and averaged weights; a signal to stop cuts it short."""
+        with self.metrics.paused():
+            results = self._accuracy()
+            if results is not None and self.ema is not None:
+                with self.ema.swapped():
+                    average = self._accuracy()
+                results = average and results | {f"ema_{name}": v for name, v in average.items()}
+        if results is not None:
+            self.state = self.state.judge(results.get("ema_top1", results["top1"]))
+            self.metrics.flush()
+            self.metrics.event("eval", self.state.step, **results)
+
+    def _accuracy(self) -> dict[str, float] | None:
+        data, world_size = self.config.data, dist.get_world_size()
+        batches = eval_batches(
+            self.val,
+            EvalSpec(
+                size=self.config.model.img_size,
+                crop_pct=self.config.eval.crop_pct,
+                squash=self.config.model.img_size >= 384,
+            ),
+            batch_size=-(-self.config.eval.batch_size // world_size),
+            shard=self.backend.data_shard,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+            device=self.device,
+        )
+        with self._autocast(), closing(batches):
+            return evaluate(
+                self.model,
+                batches,
+                normalize=lambda images: normalize(images, mean=data.mean, std=data.std),
+                stop=self.signals.agree,
+            )
+
+    def _full_state(self) -> State:
+        """Every tensor of the training state, by canonical name; they are the live ones."""
+        state = self.backend.export_state()
+        if self.ema is not None:
+            for name, tensor in self.ema.average.items():
+                state[f"ema/{name}"] = self.backend.canonical(name, tensor)
+        return state
+
+    def _save(self) -> None:
+        record = {"state": self.state.to_dict(), "model": self.config.model.name}
+        self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
+        if not self.config.checkpoint.async_save:
+            self.checkpointer.wait()
+
+    def _kept_best(self) -> int | None:
+        return self.state.best_step if self.config.checkpoint.keep_best else None
+
+    def _restore(self) -> TrainState:
+        """Continue from the newest good checkpoint, or start."""
+        state = self._full_state()
+        record = self.checkpointer.load(state)
+        if record is None:
+            return TrainState(step=0, cursor=self.pipeline.start())
+        self.backend.import_state(state)
+        return TrainState.from_dict(record["state"])
+
+    def _announce(self) -> None:
+        """Report how this start begins, and what the network is about to see."""
+        self.metrics.config(self.config.to_json())
+        self.metrics.event(
+            "start",
+            self.state.step,
+            steps=self.total_steps,
+            world_size=dist.get_world_size(),
+            backend=self.config.backend.name,
+            generation=self.checkpointer.generation,
+        )
+        if self.config.log.images > 0 and self.state.step < self.total_steps:
+            self._show_inputs()
+
+    def _show_inputs(self) -> None:
+        """Put the first augmented and mixed images of this start on the board."""
+        with closing(self.pipeline.batches(self.state.cursor, self.backend.data_shard)) as stream:
+            images, _ = self.mix(next(stream)[0])
+        shown = images[: self.config.log.images].permute(0, 2, 3, 1).float().cpu()
+        mean, std = torch.tensor(self.config.data.mean), torch.tensor(self.config.data.std)
+        self.metrics.images(
+            self.state.step, ((shown * std + mean) * 255).round().clamp(0, 255).byte()
+        )
+
+    def _finish(self) -> bool:
+        """Write what is left: the metrics, and a checkpoint if the last step has none."""
+        self.signals.settle()
+        complete = self.state.step >= self.total_steps
+        if not complete:
+            self._save()
+        self.checkpointer.wait()
+        self.metrics.flush()
+        self.metrics.event(
+            "end" if complete else "stop", self.state.step, best_top1=self.state.best
+        )
+        self.metrics.close()
+        return complete
+
+
+def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
+    """Open the training split.
+
+    Raises:
+        UserError: if its classes are not those of the model.
+        DataError: if it cannot be opened or is smaller than a batch.
+    """
+    data = config.data
+    source = open_source(data.source, data.train)
+    if len(source.classes) != config.model.num_classes:
+        raise UserError(
+            f"{data.train} has {len(source.classes)} classes but model.num_classes is "
+            f"{config.model.num_classes}: set --model.num-classes {len(source.classes)}"
+        )
+    augment = AugmentSpec(
+        size=config.model.img_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        hflip=data.hflip,
+        auto_augment=data.auto_augment,
+        color_jitter=data.color_jitter,
+    )
+    return ImagePipeline(
+        source,
+        augment=augment,
+        global_batch=config.train.batch_size,
+        micro_batches=config.train.accumulate,
+        seed=config.train.seed,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        device=device,
+    )
+
+
+def make_mixer(config: RunConfig) -> Mixer:
+    """Return what turns a batch of pixels into network inputs and soft targets."""
+    data = config.data
+    spec = MixSpec(
+        num_classes=config.model.num_classes,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        switch_prob=data.mix_switch_prob,
+        label_smoothing=config.train.label_smoothing,
+        erase_prob=data.erase_prob,
+        mean=data.mean,
+        std=data.std,
+    )
+    return Mixer(spec, seed=config.train.seed)

@@ -1,0 +1,175 @@
+"""Manifests: which folders are whole checkpoints, and which start of a run may write one.
+
+The invariant: a checkpoint folder appears under its name in one rename, after every file in it,
+the manifest last, has reached the disk. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+
+
+class Fenced(RuntimeError):
+    """A newer start of this run owns the folder: this one must stop without writing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size and SHA-256 of one file of a checkpoint."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds: its files, and the trainer's record of the moment it was taken."""
+
+    step: int
+    generation: int
+    files: tuple[FileRecord, ...]
+    record: dict[str, Any]
+
+
+def describe(path: Path) -> FileRecord:
+    """Hash one file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint taken after `step` steps."""
+    return root / f"step_{step:010d}"
+
+
+def staging_folder(root: Path, step: int, generation: int) -> Path:
+    """Return the folder in which generation `generation` writes it before it is whole."""
+    return root / f"writing_{step:010d}_by_{generation:05d}"
+
+
+def commit(root: Path, manifest: Manifest) -> Path:
+    """Make the staged files of `manifest.step` a checkpoint and return its folder.
+
+    Raises:
+        Fenced: if a newer start of the run has begun.
+    """
+    staged = staging_folder(root, manifest.step, manifest.generation)
+    write_atomically(staged / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    check_generation(root, manifest.generation)
+    final = step_folder(root, manifest.step)
+    if final.exists():
+        remove(final)
+    staged.rename(final)
+    _sync_folder(root)
+    return final
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, manifest first, so that what is left of it is never taken for whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+def read(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint folder.
+
+    Raises:
+        ValueError: if it is missing or not a manifest.
+    """
+    try:
+        values = json.loads((folder / MANIFEST).read_text())
+        values["files"] = tuple(FileRecord(**record) for record in values["files"])
+        return Manifest(**values)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+
+
+def problems(folder: Path, files: Iterable[FileRecord]) -> Iterator[str]:
+    """Yield what is wrong with the files of a checkpoint, compared with its manifest."""
+    for record in files:
+        path = folder / record.name
+        try:
+            size = path.stat().st_size
+            if size != record.num_bytes:
+                yield f"{path} has {size} bytes instead of {record.num_bytes}"
+            elif describe(path) != record:
+                yield f"{path} does not match its hash"
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first."""
+    return sorted(root.glob("step_*"))
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files all match, and why newer ones were skipped."""
+    skipped: list[str] = []
+    for folder in reversed(checkpoints(root)):
+        try:
+            wrong = list(problems(folder, read(folder).files))
+        except ValueError as error:
+            wrong = [str(error)]
+        if not wrong:
+            return folder, skipped
+        skipped.append("; ".join(wrong))
+    return None, skipped
+
+
+def begin_generation(root: Path) -> int:
+    """Raise the run's generation number, fencing off every earlier start, and return it."""
+    root.mkdir(parents=True, exist_ok=True)
+    generation = _generation(root) + 1
+    write_atomically(root / "generation", str(generation))
+    for left in root.glob("writing_*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return generation
+
+
+def check_generation(root: Path, generation: int) -> None:
+    """Raise Fenced if a newer start than `generation` has begun."""
+    newest = _generation(root)
+    if newest != generation:
+        raise Fenced(
+            f"{root} belongs to start {newest} of this run; this is start {generation}, which "
+            "must have been taken for dead: it stops here and writes nothing"
+        )
+
+
+def _generation(root: Path) -> int:
+    path = root / "generation"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves either the old or the new content."""
+    beside = path.with_name(f"{path.name}.part")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
