@@ -8,7 +8,7 @@ numbers are derived in advance for many samples at once and handed down row by r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,6 @@ from data.randaugment import apply_policy, parse_policy
 from data.randomness import Purpose, uniforms
 
 _CROP_ATTEMPTS = 10
-_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 3  # area and ratio of each attempt; place; interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class AugmentSpec:
         `ids` int64 [n] are the images' sample ids. A corrupt image raises DataError when its
         turn comes.
         """
-        crops = uniforms(seed, epoch, ids, Purpose.CROP, count=_CROP_DRAWS)
+        crops = self._crop_draws(ids, seed=seed, epoch=epoch)
         flips = uniforms(seed, epoch, ids, Purpose.FLIP, count=1)[:, 0] < self.hflip
         colors = self._color_draws(ids, seed=seed, epoch=epoch)
         for row, image in enumerate(images):
@@ -73,11 +72,21 @@ class AugmentSpec:
                 pixels = pixels[:, ::-1]
             yield pixels if colors is None else self._recolor(pixels, colors[row])
 
-    def _geometry(self, draws: NDArray[np.float64], width: int, height: int) -> Geometry:
+    def _crop_draws(self, ids: NDArray[np.int64], *, seed: int, epoch: int) -> list[list[float]]:
+        """Return, for each id, ten areas, ten aspect ratios, and three uniform numbers."""
+        draws = uniforms(seed, epoch, ids, Purpose.CROP, count=2 * _CROP_ATTEMPTS + 3)
+        areas, ratios = draws[:, :_CROP_ATTEMPTS], draws[:, _CROP_ATTEMPTS:-3]
+        areas[:] = self.scale[0] + areas * (self.scale[1] - self.scale[0])
+        ratios[:] = self.ratio[0] * np.exp(ratios * math.log(self.ratio[1] / self.ratio[0]))
+        rows: list[list[float]] = draws.tolist()
+        return rows
+
+    def _geometry(self, draws: list[float], width: int, height: int) -> Geometry:
         interpolation = self.interpolation
         if interpolation == "random":
             interpolation = "bilinear" if draws[-1] < 0.5 else "bicubic"
-        box = crop_box(draws, width, height, scale=self.scale, ratio=self.ratio)
+        areas, ratios = draws[:_CROP_ATTEMPTS], draws[_CROP_ATTEMPTS:-3]
+        box = crop_box(areas, ratios, (draws[-3], draws[-2]), (width, height), limits=self.ratio)
         return Geometry(box, (self.size, self.size), interpolation=interpolation)
 
     def _color_draws(
@@ -137,30 +146,27 @@ class EvalSpec:
 
 
 def crop_box(
-    draws: NDArray[np.float64],
-    width: int,
-    height: int,
+    areas: Sequence[float],
+    ratios: Sequence[float],
+    place: tuple[float, float],
+    size: tuple[int, int],
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    limits: tuple[float, float],
 ) -> Box:
-    """Return the random crop of an image, as torchvision's RandomResizedCrop defines it.
+    """Return the random crop of an image of `size` (width, height), as torchvision defines it.
 
-    `draws` are 23 uniform numbers. Up to ten attempts draw an area uniformly from `scale` and an
-    aspect ratio log-uniformly from `ratio`; if none fits, the largest centred crop whose aspect
-    lies in `ratio` is taken.
+    The first (area as a share of the image, aspect ratio) that fits is taken, at `place`, two
+    uniform numbers; if none fits, the largest centred crop whose aspect lies within `limits`.
     """
-    areas = draws[:_CROP_ATTEMPTS] * (scale[1] - scale[0]) + scale[0]
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for area, draw in zip(areas.tolist(), draws[_CROP_ATTEMPTS:].tolist(), strict=False):
-        aspect = math.exp(log_low + draw * (log_high - log_low))
-        crop_width = round(math.sqrt(area * width * height * aspect))
-        crop_height = round(math.sqrt(area * width * height / aspect))
+    width, height = size
+    for area, ratio in zip(areas, ratios, strict=True):
+        crop_width = round(math.sqrt(area * width * height * ratio))
+        crop_height = round(math.sqrt(area * width * height / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(draws[-3] * (width - crop_width + 1))
-            top = int(draws[-2] * (height - crop_height + 1))
+            left = int(place[0] * (width - crop_width + 1))
+            top = int(place[1] * (height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
-    return _centre_box(width, height, ratio)
+    return _centre_box(width, height, limits)
 
 
 def jitter(picture: Image.Image, draws: NDArray[np.float64], *, strength: float) -> Image.Image:
@@ -176,12 +182,12 @@ def jitter(picture: Image.Image, draws: NDArray[np.float64], *, strength: float)
     return picture
 
 
-def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+def _centre_box(width: int, height: int, limits: tuple[float, float]) -> Box:
     crop_width, crop_height = width, height
-    if width / height < ratio[0]:
-        crop_height = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        crop_width = round(height * ratio[1])
+    if width / height < limits[0]:
+        crop_height = round(width / limits[0])
+    elif width / height > limits[1]:
+        crop_width = round(height * limits[1])
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 

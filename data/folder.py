@@ -65,6 +65,34 @@ class FolderSource:
         return str(self._files[id])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArraySource:
+    """A `Source` over pixels in memory: `images` uint8 [n, H, W, 3], `labels` int64 [n]."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over pixels, labels and class names."""
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        digest.update("\0".join(self.classes).encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, id: int) -> Sample:
+        """Return sample `id` as a PNG file."""
+        return Sample(id=id, image=encode_png(self.images[id]), label=int(self.labels[id]))
+
+    def name(self, id: int) -> str:
+        """Return `array sample ID`."""
+        return f"array sample {id}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSource:
     """A `Source` of coloured noise in PNG files, made from the sample's number.

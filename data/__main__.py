@@ -1,0 +1,82 @@
+"""The data commands: `python -m data fetch | pack | index | verify`.
+
+Owns their arguments. Everything they write is named on standard output; an error the user can
+mend ends in one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.base import DataError
+from data.fetch import fetch_cifar10
+from data.index import MANIFEST, Manifest, build, verify
+from data.pack import pack_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "fetch":
+                fetch_cifar10(options.out or Path("datasets") / options.name)
+            case "pack":
+                pack_folder(
+                    options.folder,
+                    options.out,
+                    samples_per_shard=options.samples_per_shard,
+                    seed=options.seed,
+                )
+            case "index":
+                build(options.folder, classes=_class_names(options.folder, options.classes))
+            case "verify":
+                manifest = verify(options.folder)
+                print(f"{manifest.num_samples} samples, fingerprint {manifest.fingerprint}")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error}; free or choose another place", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="foveate data", description="Make data sets ready.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="download a known data set and pack it")
+    fetch.add_argument("name", choices=["cifar10"])
+    fetch.add_argument("--out", type=Path, help="folder to fill (default: datasets/NAME)")
+    pack = commands.add_parser("pack", help="turn an image folder into shuffled tar shards")
+    pack.add_argument("folder", type=Path, help="holds CLASS/IMAGE, or {train,val}/CLASS/IMAGE")
+    pack.add_argument("--out", type=Path, required=True, help="folder to fill")
+    pack.add_argument("--samples-per-shard", type=int, default=1000)
+    pack.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    index = commands.add_parser("index", help="index the *.tar shards of a folder")
+    index.add_argument("folder", type=Path)
+    index.add_argument("--classes", type=Path, help="text file of class names, one a line")
+    check = commands.add_parser("verify", help="compare every shard with the manifest")
+    check.add_argument("folder", type=Path)
+    return parser
+
+
+def _class_names(folder: Path, file: Path | None) -> list[str] | None:
+    """Return the class names in `file`, else those of the manifest there is, else None."""
+    if file is not None:
+        if not file.is_file():
+            raise DataError(f"{file} is no file of class names")
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return list(Manifest.load(folder).classes)
+    except DataError:  # an unreadable manifest is what `index` is run to replace
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

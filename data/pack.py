@@ -1,0 +1,132 @@
+"""Packing: any source -> tar shards in a seeded random order, with index and manifest.
+
+Owns what a packed data set looks like on disk. Invariant: the output folder appears whole or not
+at all: everything is written in a folder beside it, which is renamed when the manifest is in
+place. The same source, seed and shard size give the same bytes.
+webdataset writes the tars, so that every tool that reads its format reads ours.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from data.base import DataError, Source
+from data.folder import FolderSource
+from data.index import MANIFEST, Manifest, build, check_shard
+from data.order import Order
+
+RECIPE = "pack.json"  # what the shards were packed from: tells a finished job from another one
+SPLITS = ("train", "val")
+
+
+def pack_folder(
+    folder: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = print,
+) -> list[Path]:
+    """Pack `folder`/CLASS/IMAGE into `out`, or each of `folder`/{train,val} into `out`/{train,val}.
+
+    Returns the folders that hold the shards. Raises DataError as `pack` does.
+    """
+    splits = [split for split in SPLITS if (folder / split).is_dir()]
+    jobs = [(folder / split, out / split) for split in splits] or [(folder, out)]
+    for source, target in jobs:
+        pack(
+            FolderSource(source),
+            target,
+            samples_per_shard=samples_per_shard,
+            seed=seed,
+            progress=progress,
+        )
+    return [target for _, target in jobs]
+
+
+def pack(
+    source: Source,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = print,
+) -> Manifest:
+    """Write `source`, shuffled by `seed`, as shards of about `samples_per_shard` into `out`.
+
+    A finished `out` of the same recipe is left alone. Raises DataError if `out` holds anything
+    else, or a sample cannot be read.
+    """
+    recipe = {
+        "source": source.fingerprint,
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+    }
+    if (out / MANIFEST).is_file():
+        return _accept(out, recipe, progress)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is in the way: it holds no packed data set; remove or rename it")
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard {samples_per_shard} must be at least 1")
+    beside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        _write_shards(source, beside, out, samples_per_shard, seed, progress)
+        manifest = build(beside, classes=source.classes, progress=lambda _: None)
+        (beside / RECIPE).write_text(json.dumps(recipe))
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    progress(f"packed {len(source)} samples into {len(manifest.shards)} shards: {out / MANIFEST}")
+    return manifest
+
+
+def _write_shards(
+    source: Source,
+    folder: Path,
+    out: Path,
+    samples_per_shard: int,
+    seed: int,
+    progress: Callable[[str], None],
+) -> None:
+    order = Order(num_samples=len(source), seed=seed).ids(0, np.arange(len(source)))
+    num_shards = -(-len(source) // samples_per_shard)
+    first = 0
+    for number, ids in enumerate(np.array_split(order, num_shards)):
+        name = f"{out.name}-{number:06d}.tar"
+        _write_shard(folder / name, source, ids, first)
+        first += len(ids)
+        if number == num_shards - 1 or number * 10 // num_shards < (number + 1) * 10 // num_shards:
+            progress(f"wrote {first} of {len(source)} samples, up to {out / name}")
+
+
+def _write_shard(path: Path, source: Source, ids: NDArray[np.int64], first: int) -> None:
+    with webdataset.TarWriter(str(path), mtime=0.0) as writer:
+        for position, id in enumerate(ids.tolist(), start=first):
+            sample = source.read(id)
+            suffix = "png" if sample.image.startswith(b"\x89PNG") else "jpg"
+            key = f"{position:09d}"
+            writer.write({"__key__": key, suffix: sample.image, "cls": sample.label})
+
+
+def _accept(out: Path, recipe: dict[str, object], progress: Callable[[str], None]) -> Manifest:
+    """Return the manifest of a finished `out`; raises DataError if it was packed otherwise."""
+    found = json.loads((out / RECIPE).read_text()) if (out / RECIPE).is_file() else None
+    if found != recipe:
+        raise DataError(
+            f"{out} already holds a data set packed from other data or with other settings; "
+            "remove it, or choose another folder"
+        )
+    manifest = Manifest.load(out)
+    for shard in manifest.shards:
+        check_shard(out, shard)
+    progress(f"{out / MANIFEST} is there already")
+    return manifest
