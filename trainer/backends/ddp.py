@@ -18,7 +18,7 @@ class DDPBackend(TorchBackend):
     def wrap(self, model: Backbone) -> nn.Module:
         """See TorchBackend.wrap."""
         # BatchNorm keeps its own statistics equal on all ranks.
-        self._ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        self._ddp = DistributedDataParallel(model, forward_sync_buffers=False)
         return self._ddp
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
