@@ -1,16 +1,22 @@
-"""Which of a run's processes this one is: torchrun's, Slurm's, or the only one.
+"""A worker process: its place in the run, its log, and the failure it leaves to be read.
 
-A pure function of the environment: nothing is asked of the network, of Slurm or of torch, so the
-answer is the same on a login node, in a test and in a job.
+The place is a pure function of the environment: nothing is asked of the network, of Slurm or of
+torch, so the answer is the same on a login node, in a test and in a job.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TextIO
 
 from trainer.config import UserError
 
@@ -142,3 +148,46 @@ def _numbers(ranges: str) -> list[str]:
             raise UserError(f"the Slurm node range {item} runs backwards: give the smaller first")
         numbers += [str(number).zfill(len(first)) for number in span]
     return numbers
+
+
+def open_log(run_dir: Path, rank: int) -> TextIO:
+    """Append this process's stderr to RUN/logs/rank_00000.log; return the stderr it had before.
+
+    What C libraries print goes there too. Ranks above 0 have their stdout in the log as well, so
+    that only rank 0 talks to the terminal.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = os.fdopen(os.dup(2), "w", buffering=1)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    with (run_dir / "logs" / f"rank_{rank:05d}.log").open("ab") as log:
+        for stream in (2,) if rank == 0 else (1, 2):
+            os.dup2(log.fileno(), stream)
+    return before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a run stopped: the rank that stopped first, its exit code and its message."""
+
+    rank: int
+    code: int
+    message: str
+
+    def leave(self, run_dir: Path) -> None:
+        """Write RUN/logs/failure.json, unless another rank did: what came first is the cause."""
+        with contextlib.suppress(OSError), failure_file(run_dir).open("x") as file:
+            json.dump(dataclasses.asdict(self), file)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Failure | None:
+        """Return the failure left in a run folder, or None."""
+        try:
+            return cls(**json.loads(failure_file(run_dir).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None  # none was left, or the disk was too full for it
+
+
+def failure_file(run_dir: Path) -> Path:
+    """Return where a run's failure is left; a launcher removes it before it starts workers."""
+    return run_dir / "logs" / "failure.json"

@@ -1,0 +1,157 @@
+"""The front door: `foveate COMMAND …`.
+
+Every command is imported when it is asked for, and nothing here imports torch, so that help and
+mistakes are answered at once, on a login node too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Never
+
+from trainer.config import RunConfig, UserError, nearest
+
+USAGE = """\
+usage: foveate COMMAND ...
+
+commands:
+  pretrain RECIPE   train a backbone on this machine; the same command again continues the run
+  export RUN        write a finished run as a bundle for another library
+  data              fetch and pack data sets
+  demo              pretrain on CIFAR-10 in minutes, crash, resume and export
+
+foveate COMMAND --help says more.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> Never:
+        raise UserError(f"{message} ({self.prog} --help says more)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 a user's mistake, else the workers'."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": pretrain,
+        "export": lambda rest: python_module("trainer.export", rest),
+        "data": lambda rest: python_module("data", rest),
+        "demo": demo,
+    }
+    try:
+        if name in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if name not in commands:
+            near = nearest(name, list(commands))
+            raise UserError(f"unknown command {name}{near} (known: {', '.join(commands)})")
+        return commands[name](rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train a recipe with its overrides on this machine, or print its configuration."""
+    from trainer.config import override
+    from trainer.recipes import RECIPES, recipe
+
+    parser = _Parser(prog="foveate pretrain RECIPE", add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--print-config", action="store_true")
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise UserError(f"which recipe? foveate pretrain RECIPE (known: {', '.join(RECIPES)})")
+        print(_pretrain_help())
+        return 0
+    config = recipe(arguments[0])
+    options, overrides = parser.parse_known_args(arguments[1:])
+    if {"-h", "--help"} & set(overrides):
+        _print_settings(config)
+        return 0
+    if overrides:
+        config = override(config, overrides)
+    if options.print_config:
+        print(config.to_json(), end="")
+        return 0
+    return _start(config, num_processes=options.nproc)
+
+
+def _start(config: RunConfig, *, num_processes: int | None) -> int:
+    from . import local, rundir
+    from .process import Process
+
+    if Process.from_environment(os.environ).world_size > 1:
+        raise UserError(
+            "foveate pretrain starts its workers itself: run it once, without torchrun or srun, "
+            "or start workers by srun python -m trainer --config RUN/config.json"
+        )
+    if num_processes is None:
+        num_processes = max(1, local.num_gpus())
+    if num_processes < 1:
+        raise UserError(f"--nproc is {num_processes}: give at least 1")
+    run_dir = rundir.prepare(config)
+    print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
+    return local.launch(run_dir, num_processes=num_processes)
+
+
+def demo(arguments: list[str]) -> int:
+    """Run the demonstration."""
+    from .demo import run
+
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: foveate demo [--SECTION.SETTING VALUE ...]\n\n{run.__doc__}")
+        return 0
+    return run(arguments)
+
+
+def python_module(module: str, arguments: list[str]) -> int:
+    """Become `python -m MODULE …`: that program needs torch, which this one must not import."""
+    from .local import python_environment
+    from .rundir import CODE
+
+    command = [sys.executable, "-m", module, *arguments]
+    os.execve(sys.executable, command, python_environment(CODE))
+
+
+def _pretrain_help() -> str:
+    from trainer.recipes import RECIPES
+
+    recipes = (f"  {name:22}{item.__doc__}" for name, item in RECIPES.items())
+    return "\n".join(
+        [
+            "usage: foveate pretrain RECIPE [--nproc N] [--print-config] [--SECTION.SETTING VALUE]",
+            "",
+            "Starting the same run folder again continues the run.",
+            "",
+            "recipes:",
+            *recipes,
+            "",
+            "options:",
+            "  --nproc N             processes on this machine (default: one per GPU, or one)",
+            "  --print-config        print the configuration as JSON and stop",
+            "  --run-dir DIR         the run folder (default: runs/RECIPE)",
+            "  --SECTION.SETTING     any other setting, such as --optim.lr 2e-3",
+            "",
+            "foveate pretrain RECIPE --help lists all settings with the recipe's values.",
+        ]
+    )
+
+
+def _print_settings(config: RunConfig) -> None:
+    """Print every setting with the recipe's value; tyro reads what they mean from the source."""
+    import tyro
+
+    prog = f"foveate pretrain {config.recipe} [--nproc N] [--print-config]"
+    with contextlib.suppress(SystemExit):
+        tyro.cli(RunConfig, default=config, args=["--help"], prog=prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
