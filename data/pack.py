@@ -109,7 +109,8 @@ def _write_shards(
 
 
 def _write_shard(path: Path, source: Source, ids: NDArray[np.int64], first: int) -> None:
-    with webdataset.TarWriter(str(path), mtime=0.0) as writer:
+    # A whole number for mtime: a fraction would cost a PAX header of 1 KB per member.
+    with webdataset.TarWriter(str(path), mtime=0) as writer:
         for position, id in enumerate(ids.tolist(), start=first):
             sample = source.read(id)
             suffix = "png" if sample.image.startswith(b"\x89PNG") else "jpg"
