@@ -4,12 +4,13 @@ Invariant: a name fixes everything but input size, pretraining size, drop path a
 """
 
 from difflib import get_close_matches
-from typing import get_args
+from typing import TypedDict
 
 from .base import Backbone, ModelError
 from .transnext import PositionMode, TransNeXt, TransNeXtConfig
+from .transxnet import TransXNet, TransXNetConfig
 
-MODELS: dict[str, TransNeXtConfig] = {
+MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
     "transnext_pico": TransNeXtConfig(
         widths=(32, 64, 96, 128),
         depths=(1, 2, 2, 1),
@@ -38,6 +39,40 @@ MODELS: dict[str, TransNeXtConfig] = {
     "transnext_base": TransNeXtConfig(
         widths=(96, 192, 384, 768), depths=(5, 5, 23, 5), heads=(4, 8, 16, 32), drop_path=0.6
     ),
+    "transxnet_pico": TransXNetConfig(
+        widths=(32, 64, 96, 128),
+        depths=(1, 2, 2, 1),
+        groups=(2, 2, 2, 2),
+        heads=(1, 2, 3, 4),
+        sr_ratios=(4, 2, 2, 1),
+        kernel=5,
+        stem_stride=2,
+        drop_path=0.0,
+        pretrain_size=32,
+    ),
+    "transxnet_t": TransXNetConfig(
+        widths=(48, 96, 224, 448),
+        depths=(3, 3, 9, 3),
+        groups=(2, 2, 2, 2),
+        heads=(1, 2, 4, 8),
+        drop_path=0.1,
+    ),
+    "transxnet_s": TransXNetConfig(
+        widths=(64, 128, 320, 512),
+        depths=(4, 4, 12, 4),
+        groups=(2, 2, 3, 4),
+        heads=(1, 2, 5, 8),
+        mlp_ratios=(6, 6, 4, 4),
+        drop_path=0.2,
+    ),
+    "transxnet_b": TransXNetConfig(
+        widths=(76, 152, 336, 672),
+        depths=(4, 4, 21, 4),
+        groups=(2, 2, 4, 4),
+        heads=(2, 4, 8, 16),
+        mlp_ratios=(8, 8, 4, 4),
+        drop_path=0.4,
+    ),
 }
 
 
@@ -47,37 +82,50 @@ def build(
     img_size: int | tuple[int, int] = 224,
     pretrain_size: int | tuple[int, int] | None = None,
     fixed_pool_size: int | None = None,
-    position_mode: PositionMode = "extrapolate",
+    position_mode: PositionMode | None = None,
     drop_path: float | None = None,
     num_classes: int = 1000,
 ) -> Backbone:
     """Build the backbone `name` for images of `img_size` (a side, or height and width).
 
-    `pretrain_size`, `fixed_pool_size` and `position_mode` are explained at `TransNeXt`;
-    `drop_path` None means the published rate. The weights are initialised, except on the meta
-    device, where `to_empty`, `init_weights` and `reset_buffers` follow. Raises ModelError for an
-    unknown name and for options that do not fit the model.
+    The options are explained at `TransNeXt` and `TransXNet`; `fixed_pool_size` and `position_mode`
+    are TransNeXt's alone. `drop_path` None means the published rate. The weights are initialised,
+    except on the meta device, where `to_empty`, `init_weights` and `reset_buffers` follow.
+    Raises ModelError for an unknown name and for options that do not fit the model.
     """
     if name not in MODELS:
         nearest = get_close_matches(name, MODELS, n=1, cutoff=0) or [""]
         raise ModelError(f"unknown model {name!r}; the nearest is {nearest[0]!r}")
     config = MODELS[name]
-    if position_mode not in get_args(PositionMode):
-        raise ModelError(
-            f"position_mode is {position_mode!r}; it must be one of {get_args(PositionMode)}"
+    shared: _Shared = {
+        "img_size": _pair("img_size", img_size),
+        "pretrain_size": None if pretrain_size is None else _pair("pretrain_size", pretrain_size),
+        "drop_path": config.drop_path if drop_path is None else drop_path,
+        "num_classes": num_classes,
+    }
+    model: Backbone
+    if isinstance(config, TransNeXtConfig):
+        model = TransNeXt(
+            config, fixed_pool_size=fixed_pool_size, position_mode=position_mode, **shared
         )
-    model = TransNeXt(
-        config,
-        img_size=_pair("img_size", img_size),
-        pretrain_size=None if pretrain_size is None else _pair("pretrain_size", pretrain_size),
-        fixed_pool_size=fixed_pool_size,
-        position_mode=position_mode,
-        drop_path=config.drop_path if drop_path is None else drop_path,
-        num_classes=num_classes,
-    )
+    else:
+        for option, value in (
+            ("fixed_pool_size", fixed_pool_size),
+            ("position_mode", position_mode),
+        ):
+            if value is not None:
+                raise ModelError(f"{name} has no {option} (got {value!r}); leave it out")
+        model = TransXNet(config, **shared)
     if not next(model.parameters()).is_meta:
         model.init_weights()
     return model
+
+
+class _Shared(TypedDict):
+    img_size: tuple[int, int]
+    pretrain_size: tuple[int, int] | None
+    drop_path: float
+    num_classes: int
 
 
 def _pair(option: str, size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,26 +1,25 @@
 """TransNeXt (Shi, arXiv 2311.17132): every size, any input size, official parameter names.
 
-Invariant: what depends on resolution (`Geometry`) is integers, computed by arithmetic from the
-grid alone, shared by the blocks of a stage and never part of the state dict.
+Invariant: what depends on resolution is in `geometry`, shared by the blocks of a stage and never
+part of the state dict.
 Shapes: B batch, H×W stage grid, N = H·W tokens, C width, h heads, M pooled tokens.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
+from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry
 from .kernels import aggregated_attention, conv_glu, cosine_attention
 from .kernels.eager import full_precision, widen
-from .layers import drop_path
+from .layers import Conv, Depthwise, Pointwise, drop_path
 
 PositionMode = Literal["extrapolate", "interpolate"]
-Pair = tuple[int, int]
-BUFFERS = ("rows", "columns", "pairs", "key_count", "outside")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,92 +37,6 @@ class TransNeXtConfig:
     mlp_ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
     sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
     stem_stride: int = 4
-
-
-class Geometry(NamedTuple):
-    """Where the tokens of one stage are; every tensor holds integers.
-
-    rows [R], columns [S]: the distinct query-minus-key offsets along each axis, doubled (centres
-    of pooling bins are half-integers). pairs [N·M]: for every query and key, which of the R·S
-    pairs of offsets. key_count [N]: keys visible to each query. outside [N, 9] (bool): slots of
-    the 3x3 window beyond the image.
-    """
-
-    plan: "StagePlan"
-    rows: Tensor
-    columns: Tensor
-    pairs: Tensor
-    key_count: Tensor
-    outside: Tensor
-
-    def features(self) -> tuple[Tensor, Tensor]:
-        """Log-spaced offsets along rows [R] and columns [S], float32: the input of the bias MLP."""
-        span = self.plan.span
-        return _log_offset(self.rows, span[0]), _log_offset(self.columns, span[1])
-
-
-class StagePlan(NamedTuple):
-    """The sizes of one stage.
-
-    `grid` and `pool` are the query and key grids; `bias_grid` and `bias_pool` those on which the
-    position bias is evaluated, which differ under interpolation only. `span` is the pretraining
-    grid, by which coordinates are scaled. `windowed` stages see a 3x3 window besides the keys.
-    """
-
-    grid: Pair
-    pool: Pair
-    bias_grid: Pair
-    bias_pool: Pair
-    span: Pair
-    windowed: bool
-
-
-def _log_offset(doubled: Tensor, span: int) -> Tensor:
-    # A span of one cell would divide by zero; there is then a single offset, zero.
-    delta = doubled.float() * (4.0 / max(span - 1, 1))
-    return delta.sign() * (1 + delta.abs()).log2() / 3
-
-
-def _axis_offsets(size: int, bins: int) -> tuple[list[int], list[list[int]]]:
-    """Distinct doubled offsets of `size` queries from the centres of `bins` pooling bins.
-
-    Returns the sorted offsets and, for each query and bin, the place of theirs among them.
-    """
-    centres = [bin * size // bins + -(-(bin + 1) * size // bins) - 1 for bin in range(bins)]
-    step = math.gcd(2, *(centre - centres[0] for centre in centres))
-    lowest = -centres[-1]
-    offsets = list(range(lowest, 2 * size - 1 - centres[0], step))
-    return offsets, [
-        [(2 * query - centre - lowest) // step for centre in centres] for query in range(size)
-    ]
-
-
-def _visible_keys(grid: Pair, device: torch.device) -> Tensor:
-    """[N, 9] bool: whether each slot of each query's 3x3 window lies in the image."""
-    row_hit, column_hit = (
-        torch.arange(size, device=device)[:, None] + torch.arange(-1, 2, device=device)
-        for size in grid
-    )
-    row_hit = (row_hit >= 0) & (row_hit < grid[0])
-    column_hit = (column_hit >= 0) & (column_hit < grid[1])
-    return (row_hit[:, None, :, None] & column_hit[None, :, None, :]).reshape(-1, 9)
-
-
-def stage_geometry(plan: StagePlan, *, device: torch.device) -> Geometry:
-    """Compute the geometry of a stage on `device`, which may be meta."""
-    rows, row_places = _axis_offsets(plan.bias_grid[0], plan.bias_pool[0])
-    columns, column_places = _axis_offsets(plan.bias_grid[1], plan.bias_pool[1])
-    by_row = torch.tensor(row_places, device=device)[:, None, :, None]
-    by_column = torch.tensor(column_places, device=device)[None, :, None, :]
-    visible = _visible_keys(plan.grid, device)
-    return Geometry(
-        plan=plan,
-        rows=torch.tensor(rows, device=device),
-        columns=torch.tensor(columns, device=device),
-        pairs=(by_row * len(columns) + by_column).flatten(),
-        key_count=visible.sum(dim=1) * plan.windowed + math.prod(plan.pool),
-        outside=~visible,
-    )
 
 
 class PositionBias(nn.Module):
@@ -175,14 +88,14 @@ class AggregatedAttention(PositionBias):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.sr = nn.Conv2d(width, width, 1)
+        self.sr = Pointwise(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.cpb_fc1 = nn.Linear(2, 512)
         self.cpb_fc2 = nn.Linear(512, num_heads)
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         """x [B, H, W, C] -> [B, H, W, C]."""
-        pooled = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
+        pooled = F.gelu(self.sr(x))
         pooled = F.adaptive_avg_pool2d(pooled.permute(0, 3, 1, 2), geometry.plan.pool)
         pooled = self.norm(pooled.flatten(2).transpose(1, 2))
         local_bias = widen(self.relative_pos_bias_local)[:, None, :]
@@ -198,7 +111,8 @@ class AggregatedAttention(PositionBias):
             tokens=self.learnable_tokens,
             token_bias=self.learnable_bias,
         )
-        return self.proj(mixed)
+        out: Tensor = self.proj(mixed)
+        return out
 
 
 class Attention(PositionBias):
@@ -222,7 +136,8 @@ class Attention(PositionBias):
             key_count=geometry.key_count,
             bias=self.position_bias(geometry),
         )
-        return self.proj(mixed)
+        out: Tensor = self.proj(mixed)
+        return out
 
 
 class DepthwiseConv(nn.Module):
@@ -230,7 +145,7 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.dwconv = Depthwise(width, 3)
 
 
 class ConvGLU(nn.Module):
@@ -248,8 +163,8 @@ class ConvGLU(nn.Module):
         # Two products instead of one and a split: both halves come out contiguous.
         weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
         gate, value = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-        conv = self.dwconv.dwconv
-        return self.fc2(conv_glu(gate, value, conv.weight, conv.bias))
+        out: Tensor = self.fc2(conv_glu(gate, value, *self.dwconv.dwconv.parameters()))
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -278,12 +193,13 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, width: int, *, kernel: int, stride: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2)
+        self.proj = Conv(channels, width, kernel, stride=stride)
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C_in, H, W] -> [B, H', W', C]."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        """x [B, H, W, C_in] -> [B, H', W', C]."""
+        out: Tensor = self.norm(self.proj(x))
+        return out
 
 
 class TransNeXt(Backbone):
@@ -291,8 +207,9 @@ class TransNeXt(Backbone):
 
     `pretrain_size` scales the coordinates of the position bias (default: `img_size`);
     `fixed_pool_size` pools every aggregating stage to that many cells a side at any input size.
-    At another input size than `img_size`, `position_mode` "extrapolate" evaluates the bias there
-    and "interpolate" resizes the one of `img_size`. Raises ModelError for a `fixed_pool_size` beyond a grid.
+    At another input size than `img_size`, `position_mode` "extrapolate" (the default) evaluates
+    the bias there and "interpolate" resizes the one of `img_size`. Raises ModelError
+    for a `fixed_pool_size` beyond a grid.
     """
 
     def __init__(
@@ -302,11 +219,14 @@ class TransNeXt(Backbone):
         img_size: Pair,
         pretrain_size: Pair | None,
         fixed_pool_size: int | None,
-        position_mode: PositionMode,
+        position_mode: PositionMode | None,
         drop_path: float,
         num_classes: int,
     ) -> None:
         super().__init__()
+        if position_mode not in (None, *get_args(PositionMode)):
+            modes = " or ".join(get_args(PositionMode))
+            raise ModelError(f"position_mode is {position_mode!r}; it must be {modes}")
         self.config = config
         self.img_size = img_size
         self.pretrain_size = pretrain_size or img_size
@@ -365,6 +285,7 @@ class TransNeXt(Backbone):
 
     def stages(self, x: Tensor, drop_noise: Tensor | None) -> list[Tensor]:
         """The outputs [B, C, H, W] of norm1 to norm4."""
+        x = x.permute(0, 2, 3, 1)
         outputs, depth = [], 0
         for stage in range(1, 5):
             geometry = self.geometry(stage)
@@ -372,13 +293,14 @@ class TransNeXt(Backbone):
             for block in self.get_submodule(f"block{stage}").children():
                 x = block(x, geometry, None if drop_noise is None else drop_noise[depth])
                 depth += 1
-            x = self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2)
-            outputs.append(x)
+            x = self.get_submodule(f"norm{stage}")(x)
+            outputs.append(x.permute(0, 3, 1, 2))
         return outputs
 
     def classify(self, x: Tensor) -> Tensor:
         """Mean over the tokens, then the linear head."""
-        return self.head(x.mean(dim=(2, 3)))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
 
     def reset_buffers(self, size: Pair) -> None:
         """Fit the geometry of every stage to inputs of `size`; see `Backbone.reset_buffers`."""
@@ -431,7 +353,7 @@ class TransNeXt(Backbone):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Published: linear N(0, 0.02), convolutions He by fan-out, softplus(temperature) 1/0.24."""
+        """Published: linear N(0, 0.02), convolutions He by fan-out, temperature 1/0.24."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -439,7 +361,7 @@ class TransNeXt(Backbone):
             elif isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.get_parameter("bias"), 0)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, Attention | AggregatedAttention):

@@ -3,12 +3,9 @@
 Invariant: models import operators from here and nowhere else.
 """
 
-from .eager import (
-    aggregated_attention as aggregated_attention,
-)
-from .eager import (
-    conv_glu as conv_glu,
-)
-from .eager import (
-    cosine_attention as cosine_attention,
-)
+from .eager import aggregated_attention as aggregated_attention
+from .eager import conv_glu as conv_glu
+from .eager import cosine_attention as cosine_attention
+from .eager import depthwise_conv as depthwise_conv
+from .eager import dynamic_conv as dynamic_conv
+from .eager import relative_attention as relative_attention

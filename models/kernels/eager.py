@@ -5,11 +5,12 @@ whatever the input dtype and autocast say. Shapes: B batch, N = H·W tokens, M p
 h heads, d head width, C = h·d.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 Grid = tuple[int, int]
@@ -51,25 +52,22 @@ def aggregated_attention(
     local_bias [h, N, 9] (-inf outside the image), pool_bias [h, N, M], tokens [h, d, 9],
     token_bias [h, 1, 9]. Returns [B, H, W, C] in q's dtype.
     """
-    num_heads, _, width = query_embedding.shape
-    batch, height, columns, channels = q.shape
+    num_heads = query_embedding.shape[0]
     with full_precision(q):
-        unit = F.normalize(widen(_heads(q, num_heads)), dim=-1)
+        unit = F.normalize(widen(_split_heads(q.flatten(1, 2), num_heads)), dim=-1)
         scaled = _scale_queries(unit, query_embedding, temperature, key_count)
-        keys, values = (_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
-        keys_pool, values_pool = (
-            part.unflatten(-1, (num_heads, width)).transpose(1, 2)
-            for part in kv_pool.chunk(2, dim=-1)
-        )
-        near = window_logits(scaled, F.normalize(widen(keys), dim=-1)).flatten(2, 3)
-        far = scaled.flatten(2, 3) @ F.normalize(widen(keys_pool), dim=-1).transpose(-2, -1)
-        weights = torch.cat([near + local_bias, far + pool_bias], dim=-1).softmax(dim=-1)
-        near, far = weights.split([9, weights.shape[-1] - 9], dim=-1)
-        near = near + (unit.flatten(2, 3) @ widen(tokens) + widen(token_bias))
-        near = near.unflatten(2, (height, columns)).to(values.dtype)
+        keys, values = (_as_map(part, num_heads) for part in kv.chunk(2, dim=-1))
+        pool_keys, pool_values = (_split_heads(p, num_heads) for p in kv_pool.chunk(2, dim=-1))
+        grid_shape = keys.shape
+        near = window_logits(scaled.view(grid_shape), F.normalize(widen(keys), dim=-1))
+        far = scaled @ F.normalize(widen(pool_keys), dim=-1).transpose(-2, -1)
+        logits = torch.cat([near.flatten(2, 3) + local_bias, far + pool_bias], dim=-1)
+        weights = logits.softmax(dim=-1)
+        near = weights[..., :9] + (unit @ widen(tokens) + widen(token_bias))
+        near = near.view(*grid_shape[:4], 9).to(values.dtype)
         mixed = window_mix(near, values)
-        mixed = mixed + (far.to(values.dtype) @ values_pool).unflatten(2, (height, columns))
-    return mixed.permute(0, 2, 3, 1, 4).reshape(batch, height, columns, channels)
+        mixed = mixed + (weights[..., 9:].to(values.dtype) @ pool_values).view(grid_shape)
+    return mixed.permute(0, 2, 3, 1, 4).reshape(q.shape)
 
 
 def cosine_attention(
@@ -86,17 +84,46 @@ def cosine_attention(
     key_count [N], bias [h, N, N]. Returns [B, H, W, C] in qkv's dtype.
     """
     num_heads = query_embedding.shape[0]
-    grid = qkv.shape[1:3]
     with full_precision(qkv):
         queries, keys, values = (
-            part.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-            for part in qkv.chunk(3, dim=-1)
+            _split_heads(part.flatten(1, 2), num_heads) for part in qkv.chunk(3, dim=-1)
         )
-        unit = F.normalize(widen(queries), dim=-1).unflatten(2, grid)
+        unit = F.normalize(widen(queries), dim=-1)
         scaled = _scale_queries(unit, query_embedding, temperature, key_count)
-        logits = scaled.flatten(2, 3) @ F.normalize(widen(keys), dim=-1).transpose(-2, -1)
+        logits = scaled @ F.normalize(widen(keys), dim=-1).transpose(-2, -1)
         mixed = (logits + bias).softmax(dim=-1).to(values.dtype) @ values
-    return mixed.transpose(1, 2).flatten(2).unflatten(1, grid)
+    return mixed.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def relative_attention(q: Tensor, kv: Tensor, *, position: Tensor, num_heads: int) -> Tensor:
+    """Scaled dot-product attention with an additive position table.
+
+    q [B, H, W, C], kv [B, H', W', 2C] (keys, then values), position [h, N, M].
+    Returns [B, H, W, C] in q's dtype.
+    """
+    with full_precision(q):
+        keys, values = (_split_heads(p.flatten(1, 2), num_heads) for p in kv.chunk(2, dim=-1))
+        queries = _split_heads(q.flatten(1, 2), num_heads)
+        logits = (widen(queries) / math.sqrt(queries.shape[-1])) @ widen(keys).transpose(-2, -1)
+        mixed = (logits + position).softmax(dim=-1).to(values.dtype) @ values
+    return mixed.transpose(1, 2).reshape(q.shape)
+
+
+def dynamic_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise convolution with a kernel of its own for every sample, "same" padding.
+
+    x [B, H, W, C], weight [B, K, K, C], bias [B, C]. Returns [B, H, W, C].
+    """
+    batch, height, width, channels = x.shape
+    side = weight.shape[1]
+    out = F.conv2d(
+        x.permute(0, 3, 1, 2).reshape(1, batch * channels, height, width),
+        weight.permute(0, 3, 1, 2).reshape(batch * channels, 1, side, side),
+        bias.flatten(),
+        padding=side // 2,
+        groups=batch * channels,
+    )
+    return out.view(batch, channels, height, width).permute(0, 2, 3, 1)
 
 
 def conv_glu(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -120,18 +147,22 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: in
     return out.permute(0, 2, 3, 1)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, H, W, C] as a view [B, h, H, W, d]."""
-    return x.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4)
+def _as_map(x: Tensor, num_heads: int) -> Tensor:
+    """A map [B, H, W, C] as a view [B, h, H, W, d]."""
+    return x.view(*x.shape[:3], num_heads, -1).permute(0, 3, 1, 2, 4)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Tokens [B, N, C] as a view [B, h, N, d]."""
+    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def _scale_queries(
     unit: Tensor, query_embedding: Tensor, temperature: Tensor, key_count: Tensor
 ) -> Tensor:
-    """(q̂ + embedding) · softplus(temperature) · ln(key count), for unit queries [B, h, H, W, d]."""
+    """(q̂ + embedding) · softplus(temperature) · ln(key count), for unit queries [B, h, N, d]."""
     scale = F.softplus(widen(temperature)) * widen(key_count).log()[:, None]
-    scale = scale.unflatten(1, unit.shape[2:4])
-    return (unit + widen(query_embedding)[:, None]) * scale
+    return (unit + widen(query_embedding)) * scale
 
 
 def window_logits(q: Tensor, k: Tensor) -> Tensor:
@@ -139,7 +170,8 @@ def window_logits(q: Tensor, k: Tensor) -> Tensor:
 
     q and k [B, h, H, W, d]. Returns [B, h, H, W, 9], slot 3a + b being row + a - 1, column + b - 1.
     """
-    return _WindowLogits.apply(q, k)  # type: ignore[no-any-return,no-untyped-call]
+    logits: Tensor = _WindowLogits.apply(q, k)
+    return logits
 
 
 def window_mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -148,29 +180,30 @@ def window_mix(weights: Tensor, v: Tensor) -> Tensor:
     weights [B, h, H, W, 9] in the slot order of `window_logits`, v [B, h, H, W, d].
     Returns [B, h, H, W, d].
     """
-    return _WindowMix.apply(weights, v)  # type: ignore[no-any-return,no-untyped-call]
+    mixed: Tensor = _WindowMix.apply(weights, v)
+    return mixed
 
 
 class _WindowLogits(torch.autograd.Function):
     """Its gradients are window sums themselves, so no slice is ever padded back and added."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
         ctx.save_for_backward(q, k)
         return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k)], dim=-1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
         (grad,) = grads
         return window_mix(grad, k), window_mix(_seen_from_key(grad), q)
 
 
 class _WindowMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, weights: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(weights, v)
-        slots = weights.split(1, dim=-1)
+        slots = torch.split(weights, 1, dim=-1)
         shifts = _shifts(v)
         mixed = slots[0] * shifts[0]
         for slot, near in zip(slots[1:], shifts[1:], strict=True):
@@ -178,8 +211,8 @@ class _WindowMix(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        weights, v = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        weights, v = ctx.saved_tensors
         (grad,) = grads
         return window_logits(grad, v), window_mix(_seen_from_key(weights), grad)
 

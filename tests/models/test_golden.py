@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from models import build
 
 TRANSNEXT = ["transnext_micro", "transnext_tiny", "transnext_small", "transnext_base"]
-SLOW = {"transnext_small", "transnext_base"}
+TRANSXNET = ["transxnet_t", "transxnet_s", "transxnet_b"]
+SLOW = {"transnext_small", "transnext_base", "transxnet_s", "transxnet_b"}
 
 
 def each(names):
@@ -26,6 +27,8 @@ def each(names):
 
 
 def logits_tolerance(name):
+    if name in TRANSXNET:
+        return 1e-5
     return 3e-5 if name in ("transnext_micro", "transnext_tiny") else 1e-4
 
 
@@ -48,10 +51,10 @@ def test_stream():
         assert stream(name, len(values)).tolist() == values
 
 
-@pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA"]))
+@pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA", *TRANSXNET]))
 def test_names(name):
     with torch.device("meta"):
-        model = build(name, img_size=256)
+        model = build(name, img_size=256, pretrain_size=224)
     names = document(f"{name}.names.json")
     assert [(n, list(p.shape)) for n, p in model.named_parameters()] == list(
         names["params"].items()
@@ -61,15 +64,21 @@ def test_names(name):
     assert sum(p.numel() for p in model.parameters()) == names["n_params"]
 
 
-@pytest.mark.parametrize("name", each(TRANSNEXT))
+@pytest.mark.parametrize("name", each([*TRANSNEXT, *TRANSXNET]))
 def test_eval(name):
     check_eval(build(name), name, "eval224", batch=2, size=(224, 224))
 
 
-@pytest.mark.parametrize("name", each(TRANSNEXT))
+@pytest.mark.parametrize("name", each([*TRANSNEXT, *TRANSXNET]))
 def test_eval_384(name):
     model = build(name, img_size=384, pretrain_size=224)
     check_eval(model, name, "eval384", batch=1, size=(384, 384))
+
+
+@pytest.mark.parametrize("name", each(TRANSXNET))
+def test_eval_not_square(name):
+    model = build(name, img_size=(256, 192))
+    check_eval(model, name, "eval256x192", batch=1, size=(256, 192))
 
 
 @pytest.mark.parametrize("name", ["transnext_micro", "transnext_tiny"])
@@ -105,7 +114,7 @@ def test_coordinates(size):
         assert deviation(summary(table[geometry.pairs]), reference) < 1e-6
 
 
-@pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA"]))
+@pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA", *TRANSXNET]))
 def test_training_pass(name):
     reference, info = arrays(name), document(f"{name}.info.json")
     model = build(name, img_size=info["base"], drop_path=0.0).train()
@@ -116,17 +125,34 @@ def test_training_pass(name):
     loss.backward()
     assert deviation(loss.item(), reference["train.loss"]) < 1e-4
     assert deviation(logits.detach(), reference["train.logits"]) < 1e-3
-    check_gradients(model, reference)
+    # The fixtures' own float32 noise, where it has been measured, may exceed a thousandth.
+    noise = document("fp32_vs_fp64.json").get(name, {}).get("grad_norm_rel_max", 0.0)
+    check_gradients(model, reference, tolerance=max(1e-3, 1.5 * noise))
+    check_buffers(model, reference.get("train.buffer_after"))
 
 
-def check_gradients(model, reference):
+def check_buffers(model, expected):
+    """Mean and norm of every buffer after one pass; IDConv's batch norm has moved twice."""
+    buffers = [
+        value.double()
+        for name, value in model.state_dict().items()
+        if name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+    if expected is None:
+        assert not buffers
+        return
+    found = np.array([[value.mean().item(), value.norm().item()] for value in buffers])
+    assert (np.abs(found - expected) / np.maximum(1, np.abs(expected))).max() < 1e-4
+
+
+def check_gradients(model, reference, *, tolerance):
     norms = np.array([p.grad.norm().item() for p in model.parameters()])
     expected = reference["train.grad_norm"]
-    # Below a thousandth of the largest norm float32 noise dominates: measured against that instead.
+    # Norms below a thousandth of the largest are noise: their error is measured against that.
     scale = np.maximum(expected, 1e-3 * expected.max())
-    assert (np.abs(norms - expected) / scale).max() < 1e-3
+    assert (np.abs(norms - expected) / scale).max() < tolerance
     for parameter, first, size in zip(
         model.parameters(), reference["train.grad_first4"], scale, strict=True
     ):
         values = parameter.grad.flatten()[:4].numpy()
-        assert np.abs(values - first[: len(values)]).max() < 1e-3 * size
+        assert np.abs(values - first[: len(values)]).max() < tolerance * size

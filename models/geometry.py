@@ -1,0 +1,100 @@
+"""Where the tokens of a TransNeXt stage are: a function of the grid sizes alone.
+
+Invariant: tables are integers, computed by arithmetic (never by searching for unique values), so
+they build on the meta device and no cast of the model can blur them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+BUFFERS = ("rows", "columns", "pairs", "key_count", "outside")
+
+
+class Geometry(NamedTuple):
+    """Where the tokens of one stage are; every tensor holds integers.
+
+    rows [R], columns [S]: the distinct query-minus-key offsets along each axis, doubled (centres
+    of pooling bins are half-integers). pairs [N·M]: for every query and key, which of the R·S
+    pairs of offsets. key_count [N]: keys visible to each query. outside [N, 9] (bool): slots of
+    the 3x3 window beyond the image.
+    """
+
+    plan: "StagePlan"
+    rows: Tensor
+    columns: Tensor
+    pairs: Tensor
+    key_count: Tensor
+    outside: Tensor
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Log-spaced offsets along rows [R] and columns [S], float32: the input of the bias MLP."""
+        span = self.plan.span
+        return _log_offset(self.rows, span[0]), _log_offset(self.columns, span[1])
+
+
+class StagePlan(NamedTuple):
+    """The sizes of one stage.
+
+    `grid` and `pool` are the query and key grids; `bias_grid` and `bias_pool` those on which the
+    position bias is evaluated, which differ under interpolation only. `span` is the pretraining
+    grid, by which coordinates are scaled. `windowed` stages see a 3x3 window besides the keys.
+    """
+
+    grid: Pair
+    pool: Pair
+    bias_grid: Pair
+    bias_pool: Pair
+    span: Pair
+    windowed: bool
+
+
+def _log_offset(doubled: Tensor, span: int) -> Tensor:
+    # A span of one cell would divide by zero; there is then a single offset, zero.
+    delta = doubled.float() * (4.0 / max(span - 1, 1))
+    return delta.sign() * (1 + delta.abs()).log2() / 3
+
+
+def _axis_offsets(size: int, bins: int) -> tuple[list[int], list[list[int]]]:
+    """Distinct doubled offsets of `size` queries from the centres of `bins` pooling bins.
+
+    Returns the sorted offsets and, for each query and bin, the place of theirs among them.
+    """
+    centres = [bin * size // bins + -(-(bin + 1) * size // bins) - 1 for bin in range(bins)]
+    step = math.gcd(2, *(centre - centres[0] for centre in centres))
+    lowest = -centres[-1]
+    offsets = list(range(lowest, 2 * size - 1 - centres[0], step))
+    return offsets, [
+        [(2 * query - centre - lowest) // step for centre in centres] for query in range(size)
+    ]
+
+
+def _visible_keys(grid: Pair, device: torch.device) -> Tensor:
+    """[N, 9] bool: whether each slot of each query's 3x3 window lies in the image."""
+    row_hit, column_hit = (
+        torch.arange(size, device=device)[:, None] + torch.arange(-1, 2, device=device)
+        for size in grid
+    )
+    row_hit = (row_hit >= 0) & (row_hit < grid[0])
+    column_hit = (column_hit >= 0) & (column_hit < grid[1])
+    return (row_hit[:, None, :, None] & column_hit[None, :, None, :]).reshape(-1, 9)
+
+
+def stage_geometry(plan: StagePlan, *, device: torch.device) -> Geometry:
+    """Compute the geometry of a stage on `device`, which may be meta."""
+    rows, row_places = _axis_offsets(plan.bias_grid[0], plan.bias_pool[0])
+    columns, column_places = _axis_offsets(plan.bias_grid[1], plan.bias_pool[1])
+    by_row = torch.tensor(row_places, device=device)[:, None, :, None]
+    by_column = torch.tensor(column_places, device=device)[None, :, None, :]
+    visible = _visible_keys(plan.grid, device)
+    return Geometry(
+        plan=plan,
+        rows=torch.tensor(rows, device=device),
+        columns=torch.tensor(columns, device=device),
+        pairs=(by_row * len(columns) + by_column).flatten(),
+        key_count=visible.sum(dim=1) * plan.windowed + math.prod(plan.pool),
+        outside=~visible,
+    )
