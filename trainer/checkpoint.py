@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -175,7 +176,10 @@ def read_state(folder: Path, state: State, *, group: dist.ProcessGroup | None = 
                 f"{folder} is a checkpoint of another model: it holds {name} {found}, the model "
                 f"has {tuple(tensor.shape)}"
             )
-    distributed_load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    with warnings.catch_warnings():
+        # That it reads in a single process here is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        distributed_load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def _reason(error: CheckpointException) -> str:

@@ -1,0 +1,300 @@
+"""Exports: bundles that load without Foveate, and prove it.
+
+A bundle holds safetensors, timm's config.json with the preprocessing, the model's code in one
+file made from our own modules, a sample with its logits, and verify.py, which compares them in a
+process where Foveate cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.base import Backbone
+from models.registry import MODELS, build
+
+from . import manifest
+from .checkpoint import read_state
+from .config import RunConfig, UserError
+
+HOME = Path(__file__).resolve().parent.parent
+MODEL_FILE = "foveate_model.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """A trained model on its way out: where from, how configured, with which weights."""
+
+    checkpoint: Path
+    config: RunConfig
+    weights: str
+    model: Backbone
+
+
+def load(source: Path, *, weights: str | None = None) -> Exportable:
+    """Read a run's newest good checkpoint, or the checkpoint folder `source`, on one process.
+
+    `weights` is ema or live; by default the average is taken where the run kept one.
+
+    Raises:
+        UserError: if there is no whole checkpoint there, or it lacks the weights asked for.
+    """
+    checkpoint = _checkpoint_in(source)
+    config = _config_of(checkpoint)
+    if weights is None:
+        weights = "ema" if config.train.ema_decay > 0 else "live"
+    if weights == "ema" and config.train.ema_decay == 0:
+        raise UserError(f"{source} has no averaged weights: use --weights live")
+    section = {"ema": "ema", "live": "weight"}[weights]
+    size = config.model.img_size
+    model = build(
+        config.model.name,
+        img_size=size,
+        pretrain_size=config.model.pretrain_size,
+        fixed_pool_size=config.model.fixed_pool_size,
+        drop_path=0.0,
+        num_classes=config.model.num_classes,
+    ).eval()
+    buffers = {name for name, _ in model.named_buffers()}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        averaged = weights == "ema" and tensor.is_floating_point()
+        kind = section if averaged or name not in buffers else "buffer"
+        state[f"{kind}/{name}"] = tensor
+    read_state(checkpoint, state)
+    return Exportable(checkpoint=checkpoint, config=config, weights=weights, model=model)
+
+
+def _checkpoint_in(source: Path) -> Path:
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder: give a run folder or one of its checkpoints")
+    if (source / "checkpoints").is_dir():
+        found, skipped = manifest.newest_good(source / "checkpoints")
+        if found is None:
+            raise UserError("; ".join(skipped) or f"{source} has no checkpoint yet")
+        return found
+    try:
+        wrong = list(manifest.problems(source, manifest.read(source).files))
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise UserError(f"not a whole checkpoint: {wrong[0]}")
+    return source
+
+
+def _config_of(checkpoint: Path) -> RunConfig:
+    path = checkpoint.parent.parent / "config.json"
+    try:
+        return RunConfig.from_json(path.read_text(), where=str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def export_timm(source: Exportable, out: Path) -> None:
+    """Write a verified bundle that timm loads by `create_model("local-dir:…")`.
+
+    It appears under its name only when it is complete and reproduces its own logits.
+
+    Raises:
+        UserError: if `out` exists and is not empty, or the bundle does not verify.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: remove it, or give another --out")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write_timm(source, part)
+    verify(part)
+    part.replace(out)
+
+
+def _write_timm(source: Exportable, out: Path) -> None:
+    config = source.config.model
+    name = f"foveate_{config.name}"
+    weights = {k: v.contiguous() for k, v in source.model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    cfg = _timm_cfg(source)
+    (out / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": name,
+                "num_classes": config.num_classes,
+                "num_features": source.model.feature_info[-1]["num_chs"],
+                "pretrained_cfg": cfg,
+            },
+            indent=2,
+        )
+    )
+    (out / MODEL_FILE).write_text(model_source(source.config, cfg))
+    (out / "verify.py").write_text((HOME / "trainer" / "verify_timm.py").read_text())
+    images = sample_images(config.img_size)
+    with torch.no_grad():
+        logits = source.model(images)
+    save_file({"images": images, "logits": logits}, out / "sample.safetensors")
+    (out / "README.md").write_text(_card(source, name))
+
+
+def _timm_cfg(source: Exportable) -> dict[str, Any]:
+    config = source.config
+    size = config.model.img_size
+    squash = size >= 384
+    classifier = [n for n, p in source.model.named_parameters() if p.shape[0] == p.numel()][-1]
+    return {
+        "input_size": [3, size, size],
+        "fixed_input_size": False,
+        "num_classes": config.model.num_classes,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if squash else config.eval.crop_pct,
+        "crop_mode": "squash" if squash else "center",
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "classifier": classifier.removesuffix(".bias"),
+        "first_conv": next(n for n, _ in source.model.named_parameters()).removesuffix(".weight"),
+        "license": "apache-2.0",
+    }
+
+
+def sample_images(size: int) -> Tensor:
+    """Return two smooth images float32 [2, 3, size, size] in -1..1, the same everywhere."""
+    grid = torch.linspace(0, 2 * torch.pi, size)
+    rows, columns = grid[:, None], grid[None, :]
+    channels = [torch.sin((c + 1) * rows + c * columns) for c in range(3)]
+    first = torch.stack(channels)
+    return torch.stack((first, first.transpose(1, 2).flip(0))).contiguous()
+
+
+def model_source(config: RunConfig, cfg: dict[str, Any]) -> str:
+    """Return one file of Python that registers the model with timm and needs nothing of ours."""
+    name = config.model.name
+    family_config = MODELS[name]
+    family = type(family_config).__name__.removesuffix("Config")
+    modules = _with_dependencies([f"models.{family.lower()}", "trainer.timm_adapter"])
+    parts = [_own_code(path) for path in modules]
+    return "\n\n".join(
+        [
+            f'"""{family} as trained by Foveate, in one file, for timm. Apache-2.0."""',
+            "from __future__ import annotations",
+            *parts,
+            f"class Timm{family}(TimmBackbone, {family}):\n"
+            f'    """{family} under timm\'s names."""\n',
+            f'register_backbone("foveate_{name}", Timm{family}, {family_config!r}, {cfg!r})\n',
+        ]
+    )
+
+
+def _with_dependencies(names: list[str]) -> list[str]:
+    """Return our modules that `names` import, each after what it needs."""
+    ordered: list[str] = []
+
+    def visit(name: str) -> None:
+        for needed in _imports(name):
+            visit(needed)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in names:
+        visit(name)
+    return ordered
+
+
+def _path(module: str) -> Path:
+    path = HOME.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _own_imports(module: str) -> Iterator[tuple[ast.ImportFrom, str]]:
+    """Yield the `from … import …` statements of a module that name our own, with their module."""
+    package = module.split(".") if _path(module).name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.parse(_path(module).read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *(node.module or "").split(".")])
+            if target.startswith("models."):
+                yield node, target
+
+
+def _imports(module: str) -> list[str]:
+    return [target for _, target in _own_imports(module)]
+
+
+def _own_code(module: str) -> str:
+    """Return a module's source without its imports of our own modules and of the future."""
+    lines = _path(module).read_text().splitlines()
+    dropped = [node for node, _ in _own_imports(module)]
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            dropped.append(node)
+    for node in dropped:
+        for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+            lines[number] = ""
+    return "\n".join(lines).strip()
+
+
+def _card(source: Exportable, name: str) -> str:
+    step = manifest.read(source.checkpoint).step
+    return f"""# {name}
+
+{source.config.model.name}, step {step} of recipe {source.config.recipe}, {source.weights} weights.
+
+```python
+import sys
+import timm
+
+sys.path.insert(0, DIR)  # this folder
+import foveate_model  # registers the architecture
+
+model = timm.create_model(f"local-dir:{{DIR}}", pretrained=True)
+```
+
+`python verify.py` compares the model with the logits in `sample.safetensors`.
+"""
+
+
+def verify(bundle: Path) -> None:
+    """Run the bundle's verify.py in a fresh process that cannot import Foveate.
+
+    Raises:
+        UserError: with what it said, if the bundle does not reproduce its own logits.
+    """
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", str(bundle / "verify.py")], capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise UserError(f"{bundle} does not verify: {said[-1] if said else done.returncode}")
+    print(done.stdout.strip())
+
+
+def main() -> int:
+    """Export a run or a checkpoint and verify the bundle; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="foveate export", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("source", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("--format", choices=["timm"], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--weights", choices=["ema", "live"], help="default: ema where it exists")
+    arguments = parser.parse_args()
+    try:
+        export_timm(load(arguments.source, weights=arguments.weights), arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"exported {arguments.source} to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
