@@ -1,6 +1,8 @@
 """One worker: configuration -> process -> Trainer.
 
-Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving (start me again), 77 bad numerics.
+Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving (start me again), 77 bad numerics;
+anything else is a bug and shows a traceback. What stopped the run is left in the run folder too,
+since torchrun and srun hide the workers' exit codes.
 """
 
 from __future__ import annotations
@@ -8,9 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import TextIO
 
-DONE, USER_ERROR, REQUEUE, BAD_NUMERICS = 0, 2, 75, 77
+from launcher.process import Failure, Process, open_log
+
+from .config import RunConfig, UserError
+
+DONE, BUG, USER_ERROR, REQUEUE, BAD_NUMERICS = 0, 1, 2, 75, 77
 
 
 def main() -> int:
@@ -18,25 +26,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the run folder's config.json")
     path = parser.parse_args().config
+    try:
+        config = read_config(path)
+        process = Process.from_environment(os.environ)
+        check_origin()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    console = open_log(Path(config.run_dir), process.rank)
+    failure = run(config, process, console)
+    if failure is None:
+        return DONE
+    failure.leave(Path(config.run_dir))
+    print(f"error: {failure.message}", file=console, flush=True)
+    return failure.code
 
+
+def run(config: RunConfig, process: Process, console: TextIO) -> Failure | None:
+    """Train; return why it ended before the last step, or None if it did not."""
     from data.base import DataError
-    from launcher.process import Process
     from models.base import ModelError
 
-    from .config import RunConfig, UserError
     from .loop import BadNumericsError, Trainer
 
     try:
-        check_origin()
-        config = RunConfig.from_json(path.read_text(), where=str(path))
-        complete = Trainer(config, Process.from_environment(os.environ)).run()
+        trainer = Trainer(config, process, console)
+        if trainer.run():
+            return None
+        code, message = REQUEUE, f"step {trainer.state.step} is saved: start the run again to go on"
     except (UserError, DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        code, message = USER_ERROR, str(error)
     except BadNumericsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_NUMERICS
-    return DONE if complete else REQUEUE
+        code, message = BAD_NUMERICS, str(error)
+    except Exception:
+        traceback.print_exc()
+        code, message = BUG, traceback.format_exc()
+    return Failure(rank=process.rank, code=code, message=message)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read the configuration of a run.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return RunConfig.from_json(path.read_text(), where=str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def check_origin() -> None:
@@ -48,8 +85,6 @@ def check_origin() -> None:
     import data
     import launcher
     import models
-
-    from .config import UserError
 
     home = Path(__file__).resolve().parent.parent
     for package in (launcher, models, data):

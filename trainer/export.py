@@ -24,10 +24,11 @@ from torch import Tensor
 
 from models.base import Backbone
 from models.registry import MODELS, build
+from models.transnext import TransNeXtConfig
 
 from . import manifest
 from .checkpoint import read_state
-from .config import RunConfig, UserError
+from .config import ModelConfig, RunConfig, UserError
 
 HOME = Path(__file__).resolve().parent.parent
 MODEL_FILE = "foveate_model.py"
@@ -137,7 +138,7 @@ def _write_timm(source: Exportable, out: Path) -> None:
             indent=2,
         )
     )
-    (out / MODEL_FILE).write_text(model_source(source.config, cfg))
+    (out / MODEL_FILE).write_text(model_source(config, cfg))
     (out / "verify.py").write_text((HOME / "trainer" / "verify_timm.py").read_text())
     images = sample_images(config.img_size)
     with torch.no_grad():
@@ -175,21 +176,29 @@ def sample_images(size: int) -> Tensor:
     return torch.stack((first, first.transpose(1, 2).flip(0))).contiguous()
 
 
-def model_source(config: RunConfig, cfg: dict[str, Any]) -> str:
+def model_source(config: ModelConfig, cfg: dict[str, Any]) -> str:
     """Return one file of Python that registers the model with timm and needs nothing of ours."""
-    name = config.model.name
-    family_config = MODELS[name]
+    family_config = MODELS[config.name]
     family = type(family_config).__name__.removesuffix("Config")
+    size = config.pretrain_size
+    options: dict[str, Any] = {"pretrain_size": None if size is None else (size, size)}
+    if isinstance(family_config, TransNeXtConfig):
+        options["pretrain_size"] = (size or config.img_size,) * 2
+        options |= {"fixed_pool_size": config.fixed_pool_size, "position_mode": None}
     modules = _with_dependencies([f"models.{family.lower()}", "trainer.timm_adapter"])
-    parts = [_own_code(path) for path in modules]
     return "\n\n".join(
         [
             f'"""{family} as trained by Foveate, in one file, for timm. Apache-2.0."""',
             "from __future__ import annotations",
-            *parts,
+            "from functools import partial",
+            *(_own_code(path) for path in modules),
             f"class Timm{family}(TimmBackbone, {family}):\n"
             f'    """{family} under timm\'s names."""\n',
-            f'register_backbone("foveate_{name}", Timm{family}, {family_config!r}, {cfg!r})\n',
+            f"CONFIG = {family_config!r}",
+            f"OPTIONS = {options!r}",
+            f"CFG = {cfg!r}",
+            f"build = partial(Timm{family}, CONFIG, **OPTIONS)",
+            f'register_backbone("foveate_{config.name}", build, CFG)\n',
         ]
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -47,9 +48,9 @@ class BadNumericsError(RuntimeError):
 
 
 class Trainer:
-    """One process of one run."""
+    """One process of one run. `console` is where rank 0 draws its progress bar."""
 
-    def __init__(self, config: RunConfig, process: Process) -> None:
+    def __init__(self, config: RunConfig, process: Process, console: TextIO) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.device = join(process)
@@ -78,6 +79,7 @@ class Trainer:
             total_steps=self.total_steps,
             every=config.log.every,
             batch_size=config.train.batch_size,
+            console=console,
         )
 
     def run(self) -> bool:
@@ -260,6 +262,7 @@ class Trainer:
             "end" if complete else "stop", self.state.step, best_top1=self.state.best
         )
         self.metrics.close()
+        dist.barrier()  # nobody leaves while another still needs its answers
         return complete
 
 

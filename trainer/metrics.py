@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -38,12 +38,19 @@ class MetricLogger:
     """Reports a run. All ranks call it alike; rank 0 writes."""
 
     def __init__(
-        self, run_dir: Path, *, step: int, total_steps: int, every: int, batch_size: int
+        self,
+        run_dir: Path,
+        *,
+        step: int,
+        total_steps: int,
+        every: int,
+        batch_size: int,
+        console: TextIO,
     ) -> None:
         self.every = every
         self.batch_size = batch_size
         self.total_steps = total_steps
-        self.sinks = _Sinks(run_dir, step, total_steps) if dist.get_rank() == 0 else None
+        self.sinks = _Sinks(run_dir, step, total_steps, console) if dist.get_rank() == 0 else None
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._data_seconds = 0.0
@@ -128,7 +135,7 @@ class MetricLogger:
 class _Sinks:
     """Where rank 0 writes."""
 
-    def __init__(self, run_dir: Path, step: int, total_steps: int) -> None:
+    def __init__(self, run_dir: Path, step: int, total_steps: int, console: TextIO) -> None:
         # Imported here: it takes seconds, which only the rank that writes should spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -138,7 +145,8 @@ class _Sinks:
             total=total_steps,
             initial=step,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            file=console,
+            disable=not console.isatty(),
             dynamic_ncols=True,
         )
         self.total_steps = total_steps

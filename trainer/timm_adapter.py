@@ -87,22 +87,20 @@ def _stage_indices(indices: int | list[int] | tuple[int, ...] | None) -> list[in
     return [index % 4 for index in indices]
 
 
-def register_backbone(
-    name: str, family: Callable[..., nn.Module], config: object, cfg: dict[str, Any]
-) -> None:
-    """Register a timm entry point `name` that builds `family(config, …)`; `cfg` is timm's."""
-    size = tuple(cfg["input_size"][1:])
+def register_backbone(name: str, family: Callable[..., nn.Module], cfg: dict[str, Any]) -> None:
+    """Register a timm entry point `name` that builds `family(…)`; `cfg` is timm's description."""
+
+    def construct(in_chans: int = 3, **options: Any) -> nn.Module:
+        if in_chans != 3:
+            raise ModelError(f"in_chans is {in_chans}: {name} takes images of 3 channels")
+        return family(**options)
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        if options.pop("in_chans", 3) != 3:
-            raise ModelError(f"{name} takes images of 3 channels")
-        options.setdefault("img_size", size)
-        options.setdefault("pretrain_size", size)
-        if isinstance(options["img_size"], int):
-            options["img_size"] = (options["img_size"], options["img_size"])
+        size = options.pop("img_size", None) or tuple(cfg["input_size"][1:])
+        options["img_size"] = (size, size) if isinstance(size, int) else size
         options["drop_path"] = options.pop("drop_path_rate", 0.0)
         model: nn.Module = build_model_with_cfg(
-            lambda **kwargs: family(config, **kwargs),
+            construct,
             name,
             pretrained,
             feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
@@ -111,6 +109,5 @@ def register_backbone(
         return model
 
     create.__name__, create.__module__ = name, __name__
-    globals()[name] = create
     globals().setdefault("default_cfgs", {}).update(generate_default_cfgs({name: cfg}))
     register_model(create)
