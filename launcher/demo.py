@@ -5,12 +5,13 @@ It drives the same commands that a user types and reads only what they leave in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer.config import RunConfig, override
 from trainer.recipes import recipe
 
 from . import rundir
-from .local import Workers, python_environment
+from .local import Workers, launch, python_environment
 
 NUM_PROCESSES = 2
 CRASH_AFTER = 0.4
@@ -36,21 +37,18 @@ def run(overrides: Sequence[str] = ()) -> int:
     config = override(recipe("demo"), overrides) if overrides else recipe("demo")
     seconds: dict[str, float] = {}
     try:
-        started = time.monotonic()
-        _fetch(config)
-        seconds["data"] = time.monotonic() - started
         run_dir = rundir.prepare(config)
         bundle = run_dir / "exports" / "timm"
         if finished(run_dir):
             print(f"{run_dir} is complete: remove it to start anew")
         else:
-            started = time.monotonic()
-            _pretrain(run_dir)
-            seconds["training"] = time.monotonic() - started
+            with _timed(seconds, "data"):
+                _fetch(config)
+            with _timed(seconds, "training"):
+                _pretrain(run_dir)
         if not bundle.exists():
-            started = time.monotonic()
-            _call("launcher", "export", run_dir, "--format", "timm", "--out", bundle)
-            seconds["export"] = time.monotonic() - started
+            with _timed(seconds, "export"):
+                _call("launcher", "export", run_dir, "--format", "timm", "--out", bundle)
     except _StepFailed as failed:
         print(f"error: the demonstration stopped at: {failed}", file=sys.stderr)
         return failed.code
@@ -66,6 +64,13 @@ class _StepFailed(Exception):
         self.code = code
 
 
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - started
+
+
 def _call(module: str, *arguments: str | Path) -> None:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     code = subprocess.run(command, env=python_environment(rundir.CODE)).returncode
@@ -74,8 +79,9 @@ def _call(module: str, *arguments: str | Path) -> None:
 
 
 def _fetch(config: RunConfig) -> None:
-    """Fetch CIFAR-10 unless it is there, or the user's overrides name other data."""
-    if config.data == recipe("demo").data and not Path(config.data.val).exists():
+    """Fetch CIFAR-10, which does nothing if it is there, unless other data are asked for."""
+    usual = recipe("demo").data
+    if (config.data.source, config.data.train) == (usual.source, usual.train):
         _call("data", "fetch", "cifar10", "--out", Path(config.data.train).parent)
 
 
@@ -83,28 +89,22 @@ def _pretrain(run_dir: Path) -> None:
     """Train to the end, with one crash on the way unless the run is past that point already."""
     if crash_point(run_dir) is None:
         with Workers(run_dir, num_processes=NUM_PROCESSES) as workers:
-            while workers.running(seconds=0.2):
+            point = None
+            while point is None and workers.running(seconds=0.2):
                 point = crash_point(run_dir)
-                if point is None:
-                    continue
-                workers.kill()
-                print(
-                    f"\ncrash: killed all {NUM_PROCESSES} workers by SIGKILL after the checkpoint "
-                    f"of step {point}; starting the same run again",
-                    flush=True,
-                )
-                break
-            else:
-                _finish(workers)
+            if point is None:  # it ended before: by a failure, or by too few checkpoints
+                _check(workers.exit_code())
                 return
-    with Workers(run_dir, num_processes=NUM_PROCESSES) as workers:
-        while workers.running(seconds=60.0):
-            pass
-        _finish(workers)
+            workers.kill()
+        print(
+            f"\ncrash: killed all {NUM_PROCESSES} workers by SIGKILL after the checkpoint of step "
+            f"{point}; starting the same run again",
+            flush=True,
+        )
+    _check(launch(run_dir, num_processes=NUM_PROCESSES))
 
 
-def _finish(workers: Workers) -> None:
-    code = workers.exit_code()
+def _check(code: int) -> None:
     if code != 0:
         raise _StepFailed("pretraining", code)
 

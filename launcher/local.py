@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -82,11 +83,15 @@ class Workers:
         return False
 
     def kill(self) -> None:
-        """End every process of the run at once by SIGKILL, as a crash of the machine would."""
+        """End every process of the run by SIGKILL, as a crash would, and wait for their end."""
         if self._process is not None and self._process.poll() is None:
-            for process in self._tree():
+            tree = self._tree()
+            for process in tree:
                 _send(process, signal.SIGKILL)
             self._process.wait()
+            deadline = time.monotonic() + 10  # a process that the kernel holds cannot be waited for
+            while not all(map(is_gone, tree)) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def exit_code(self) -> int:
         """Say on stderr why workers that ended did not succeed, and return their exit code."""
@@ -147,6 +152,14 @@ class Workers:
             return [root, *root.children()]
         except psutil.NoSuchProcess:
             return []
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Return whether a process runs no more, even if nobody has collected its exit code yet."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _send(process: psutil.Process, number: int) -> None:

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import (
+    MemoryConfig,
+    RunConfig,
+    UserError,
+    differences,
+    flatten,
+    nearest,
+    override,
+)
+from trainer.recipes import RECIPES, recipe
+
+# What the papers and the official repositories publish: https://arxiv.org/abs/2311.17132 (its
+# appendix on ImageNet-1k training) and https://arxiv.org/abs/2310.19380 (section 4.1).
+BOTH = {
+    "train.batch_size": 1024,
+    "train.label_smoothing": 0.1,
+    "model.num_classes": 1000,
+    "optim.min_lr": 1e-5,
+    "optim.warmup_lr": 1e-6,
+    "optim.warmup_epochs": 5.0,
+    "optim.betas": (0.9, 0.999),
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.05,
+    "data.auto_augment": "rand-m9-mstd0.5-inc1",
+    "data.hflip": 0.5,
+    "data.mixup": 0.8,
+    "data.cutmix": 1.0,
+    "data.mix_switch_prob": 0.5,
+    "data.erase_prob": 0.25,
+    "data.crop_scale": (0.08, 1.0),
+    "data.crop_ratio": (3 / 4, 4 / 3),
+}
+TRANSNEXT = {
+    **BOTH,
+    "model.img_size": 224,
+    "train.epochs": 300,
+    "train.ema_decay": 0.0,
+    "train.seed": 0,
+    "optim.lr": 1e-3,
+    "optim.cooldown_epochs": 0,
+    "optim.clip_grad": 1.0,
+    "data.interpolation": "bicubic",
+    "data.repeats": 3,
+    "eval.crop_pct": 224 / 256,
+}
+TRANSXNET = {
+    **BOTH,
+    "model.img_size": 224,
+    "train.epochs": 310,
+    "train.seed": 42,
+    "optim.lr": 2e-3,
+    "optim.cooldown_epochs": 10,
+    "optim.clip_grad": None,
+    "data.interpolation": "random",
+    "data.repeats": 1,
+}
+PUBLISHED = {
+    "transnext_micro": TRANSNEXT | {"model.drop_path": 0.15},
+    "transnext_tiny": TRANSNEXT | {"model.drop_path": 0.25},
+    "transnext_small": TRANSNEXT | {"model.drop_path": 0.45},
+    "transnext_base": TRANSNEXT | {"model.drop_path": 0.6},
+    "transnext_micro_AAAA": TRANSNEXT | {"model.drop_path": 0.15, "model.img_size": 256},
+    "transxnet_t": TRANSXNET
+    | {"model.drop_path": 0.1, "train.ema_decay": 0.9998, "eval.crop_pct": 0.9},
+    "transxnet_s": TRANSXNET
+    | {"model.drop_path": 0.2, "train.ema_decay": 0.99985, "eval.crop_pct": 0.9},
+    "transxnet_b": TRANSXNET
+    | {"model.drop_path": 0.4, "train.ema_decay": 0.99985, "eval.crop_pct": 0.95},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_is_the_published_one(name):
+    values = dict(flatten(recipe(name)))
+    assert {setting: values[setting] for setting in PUBLISHED[name]} == PUBLISHED[name]
+    assert values["recipe"] == values["model.name"] == name
+    assert values["run_dir"] == f"runs/{name}"
+
+
+def test_every_recipe_but_the_demo_is_published():
+    assert set(RECIPES) == {*PUBLISHED, "demo"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid(name):
+    assert recipe(name).validate() == []
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(
+        UserError, match=r"unknown recipe transnext_bas; did you mean transnext_base"
+    ):
+        recipe("transnext_bas")
+
+
+def test_overrides_change_exactly_what_they_name():
+    config = override(
+        recipe("transnext_base"),
+        [
+            *("--optim.lr", "2e-3", "--train.accumulate=4", "--data.crop_scale", "0.2", "1"),
+            *("--optim.clip-grad", "None", "--memory.compile", "--checkpoint.no-async-save"),
+        ],
+    )
+    assert differences(recipe("transnext_base"), config) == [
+        "data.crop_scale: (0.08, 1.0) -> (0.2, 1.0)",
+        "train.accumulate: 1 -> 4",
+        "optim.lr: 0.001 -> 0.002",
+        "optim.clip_grad: 1.0 -> None",
+        "memory.compile: False -> True",
+        "checkpoint.async_save: True -> False",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--optim.lrr", "1"], ["--optim.lrr", "did you mean --optim.lr?"]),
+        (["--optim.wieght-decay", "1"], ["did you mean --optim.weight-decay?"]),
+        (["--lr", "1"], ["unknown option --lr"]),
+        (["--optim.lr", "fast"], ["--optim.lr", "'fast'"]),
+        (["--optim.lr"], ["--optim.lr"]),
+        (["--train.epochs", "2.5"], ["--train.epochs", "'2.5'"]),
+        (["--train.precision", "fp64"], ["--train.precision", "fp64", "bf16"]),
+        (["--data.crop-scale", "0.2"], ["--data.crop-scale"]),
+        (["--memory.checkpointing", "5"], ["memory.checkpointing is '5'", "none, full"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_bad_override_is_one_line(arguments, parts, capfd):
+    with pytest.raises(UserError) as error:
+        override(recipe("demo"), arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        override(
+            recipe("demo"),
+            [
+                *("--optim.lr", "0", "--model.drop-path", "1.5", "--optim.weight-decay", "-1"),
+                *("--train.batch-size", "100", "--train.accumulate", "3"),
+                *("--optim.warmup-epochs", "9", "--data.crop-ratio", "2", "1"),
+                *("--memory.checkpointing", "some"),
+            ],
+        )
+    problems = str(error.value).split("; ")
+    assert len(problems) == 7
+    for name in (
+        *("optim.lr", "model.drop_path", "optim.weight_decay", "train.batch_size"),
+        *("optim.warmup_epochs", "data.crop_ratio", "memory.checkpointing"),
+    ):
+        assert sum(problem.startswith(f"{name} ") for problem in problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [("none", ()), ("full", (1, 2, 3, 4)), ("2", (2,)), ("3,1", (1, 3)), ("1,1", (1,))],
+)
+def test_stages_to_recompute(text, stages):
+    assert MemoryConfig(checkpointing=text).stages() == stages
+
+
+@pytest.mark.parametrize("text", ["", "0", "5", "1,", "1-3", "all"])
+def test_other_stages_are_refused(text):
+    config = dataclasses.replace(recipe("demo"), memory=MemoryConfig(checkpointing=text))
+    assert [problem.split(" is ")[0] for problem in config.validate()] == ["memory.checkpointing"]
+
+
+def test_nearest():
+    assert nearest("pretran", ["pretrain", "data"]) == "; did you mean pretrain?"
+    assert nearest("xyz", ["pretrain", "data"]) == ""
+
+
+POSITIVE = st.floats(min_value=1e-12, max_value=1e6, allow_nan=False)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "--optim.lr": POSITIVE,
+        "--optim.weight-decay": POSITIVE,
+        "--optim.clip-grad": st.none() | POSITIVE,
+        "--model.drop-path": st.floats(0, 1),
+        "--model.pretrain-size": st.none() | st.integers(1, 1024),
+        "--train.seed": st.integers(0, 2**31),
+        "--data.auto-augment": st.none() | st.from_regex(r"[a-z][a-z0-9.-]{1,8}", fullmatch=True),
+        "--data.train": st.from_regex(r"[A-Za-z/][A-Za-z0-9/ ._é-]{0,12}", fullmatch=True),
+        "--train.precision": st.sampled_from(["fp32", "bf16"]),
+    },
+)
+
+
+@given(st.sampled_from(sorted(RECIPES)), SETTINGS)
+def test_a_configuration_survives_overrides_and_json(name, settings):
+    arguments = [text for option, value in settings.items() for text in (option, str(value))]
+    config = override(recipe(name), arguments)
+    values = {option[2:].replace("-", "_"): value for option, value in settings.items()}
+    assert dict(flatten(config)) == dict(flatten(recipe(name))) | values
+    assert RunConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["recipe"] == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["optim"].update(lr="fast"), "optim.lr is 'fast'"),
+        (lambda tree: tree["optim"].update(lrr=1.0), "unknown setting optim.lrr"),
+        (lambda tree: tree["optim"].pop("lr"), "lr"),
+        (lambda tree: tree["train"].update(epochs=True), "train.epochs is True"),
+        (lambda tree: tree["data"].update(crop_scale=[1.0]), "data.crop_scale is [1.0]"),
+        (lambda tree: tree["backend"].update(name="magic"), "backend.name is 'magic'"),
+        (lambda tree: tree.update(model=None), "not a run configuration"),
+    ],
+)
+def test_a_stored_configuration_is_read_exactly(change, message):
+    tree = json.loads(recipe("demo").to_json())
+    change(tree)
+    with pytest.raises(UserError) as error:
+        RunConfig.from_json(json.dumps(tree), where="a/config.json")
+    assert str(error.value).startswith("a/config.json is not a run configuration: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '"demo"'])
+def test_json_that_is_no_configuration_is_refused(text):
+    with pytest.raises(UserError, match="is not a run configuration"):
+        RunConfig.from_json(text)
