@@ -148,8 +148,9 @@ def _rotate(picture: Image.Image, level: float, sign: int, canvas: _Canvas) -> I
 
 def _posterize(picture: Image.Image, level: float, sign: int, canvas: _Canvas) -> Image.Image:
     """Keep 4 bits (level 0) down to none, or the other way round if not increasing."""
-    removed = int(4 * level)
-    return ImageOps.posterize(picture, 4 - removed if canvas.increasing else removed)
+    kept = 4 - int(4 * level) if canvas.increasing else int(4 * level)
+    mask = 256 - (256 >> kept)  # Pillow's own posterize refuses to keep no bits at all
+    return picture.point([value & mask for value in range(256)] * 3)
 
 
 def _solarize(picture: Image.Image, level: float, sign: int, canvas: _Canvas) -> Image.Image:

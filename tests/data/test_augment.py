@@ -1,0 +1,205 @@
+"""Decoding, cropping, resizing and jitter against torchvision and timm, on a made-up photograph."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F2
+
+from data.augment import AugmentSpec, EvalSpec, crop_box, jitter
+from data.base import DataError
+from data.decode import Geometry, decode
+from data.randomness import Purpose, uniforms
+
+
+def photograph(width=500, height=375):
+    """Smooth shading, edges and texture with the 1/f spectrum of natural images."""
+    generator = np.random.default_rng(7)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    spectrum = np.fft.fft2(generator.normal(size=(3, height, width)))
+    pixels = np.fft.ifft2(spectrum / np.maximum(frequency, 1 / width) ** 1.2).real
+    pixels = 128 + 60 * pixels / pixels.std()
+    pixels[:, height // 3 : height // 2, width // 4 : width // 2] += 70
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def encode(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+PHOTO = encode(photograph(), "JPEG", quality=92)
+BOXES = [(0, 0, 500, 375), (33, 20, 401, 333), (100, 50, 150, 290), (480, 360, 500, 375)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crop_and_resize_equal_torchvision(box, interpolation):
+    left, top, right, bottom = box
+    ours = decode(PHOTO, lambda *_: Geometry(box, (224, 224), interpolation=interpolation))
+    args = (top, left, bottom - top, right - left, [224, 224], InterpolationMode(interpolation))
+    picture = Image.open(io.BytesIO(PHOTO)).convert("RGB")
+    assert np.array_equal(ours, np.asarray(F.resized_crop(picture, *args)))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    tensor = F2.resized_crop(pixels, *args, antialias=True).permute(1, 2, 0).numpy()
+    difference = np.abs(ours.astype(int) - tensor.astype(int))
+    assert (difference <= 1).mean() > 0.999
+    assert difference.max() <= 3
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (640, 230)])
+@pytest.mark.parametrize(
+    ("spec", "mode"),
+    [
+        (EvalSpec(), "center"),
+        (EvalSpec(crop_pct=0.95, interpolation="bilinear"), "center"),
+        (EvalSpec(size=384, crop_pct=1.0, squash=True), "squash"),
+    ],
+)
+def test_evaluation_views_equal_timm(size, spec, mode):
+    picture = photograph(*size)
+    transform = create_transform(
+        spec.size,
+        is_training=False,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        crop_mode=mode,
+        normalize=False,
+    )
+    (ours,) = spec.render([encode(picture, "PNG")])
+    assert np.array_equal(ours, transform(picture).permute(1, 2, 0).numpy())
+
+
+def test_small_images_at_native_size_are_left_alone():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    (view,) = EvalSpec(size=32, crop_pct=1.0).render([encode(Image.fromarray(pixels), "PNG")])
+    assert np.array_equal(view, pixels)
+
+
+def test_crops_are_distributed_like_torchvisions():
+    scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
+    spec = AugmentSpec(scale=scale, ratio=ratio)
+    rows = spec._crop_draws(np.arange(count), seed=0, epoch=0)
+    boxes = np.array([spec._geometry(row, 500, 333).box for row in rows])
+    torch.manual_seed(0)
+    blank = Image.new("RGB", (500, 333))
+    theirs = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])
+    theirs = theirs[:, [1, 0, 3, 2]]  # left, top, width, height
+    ours = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+    assert ours[:, :2].min() >= 0
+    assert boxes[:, 2].max() <= 500
+    assert boxes[:, 3].max() <= 333
+    for first, second in zip(ours.T, theirs.T, strict=True):
+        merged = np.concatenate([first, second])
+        shares = [np.searchsorted(np.sort(values), merged, "right") for values in (first, second)]
+        assert np.abs(shares[0] - shares[1]).max() / count < 1.95 * (2 / count) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((1000, 10), (493, 0, 506, 10)), ((9, 900), (0, 444, 9, 456)), ((50, 50), (0, 0, 50, 50))],
+)
+def test_an_image_that_no_crop_fits_gets_the_largest_centred_one(size, expected):
+    assert crop_box([2.0] * 10, [1.0] * 10, (0.5, 0.5), size, limits=(3 / 4, 4 / 3)) == expected
+
+
+def views(spec, ids, *, seed=1, epoch=0):
+    return np.stack(list(spec.render([PHOTO] * len(ids), np.array(ids), seed=seed, epoch=epoch)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AugmentSpec(size=24),
+        AugmentSpec(size=24, interpolation="random", color_jitter=0.4),
+        AugmentSpec(size=24, auto_augment="rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_a_view_depends_on_seed_epoch_and_id_alone(spec):
+    together = views(spec, [5, 6, 7, 8])
+    assert together.shape == (4, 24, 24, 3)
+    assert together.dtype == np.uint8
+    assert np.array_equal(together[[3, 1]], views(spec, [8, 6]))
+    assert not np.array_equal(together[0], views(spec, [5], epoch=1)[0])
+    assert not np.array_equal(together[0], views(spec, [5], seed=2)[0])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_half_of_the_views_are_mirrored():
+    whole = {"scale": (1.0, 1.0), "ratio": (4 / 3, 4 / 3), "size": 16}
+    plain = views(AugmentSpec(hflip=0.0, **whole), [0])[0]
+    assert np.array_equal(views(AugmentSpec(hflip=1.0, **whole), [0])[0], plain[:, ::-1])
+    mirrored = views(AugmentSpec(hflip=0.5, **whole), range(200)) == plain[:, ::-1]
+    assert 70 < mirrored.all(axis=(1, 2, 3)).sum() < 130
+
+
+def test_jitter_scales_each_property_within_its_limits():
+    picture = photograph(60, 40)
+    draws = uniforms(0, 0, np.arange(300), Purpose.COLOR_JITTER, count=6)
+    means = [np.asarray(jitter(picture, row, strength=0.4)).mean() for row in draws]
+    base = np.asarray(picture).mean()
+    assert 0.55 * base < min(means) < 0.75 * base
+    assert 1.2 * base < max(means) < 1.45 * base
+    assert np.array_equal(np.asarray(jitter(picture, draws[0], strength=0.0)), np.asarray(picture))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        encode(photograph(40, 30).convert("L"), "JPEG"),
+        encode(photograph(40, 30).convert("CMYK"), "JPEG"),
+        encode(photograph(40, 30).convert("P"), "PNG"),
+        encode(photograph(40, 30).convert("RGBA"), "PNG"),
+        encode(photograph(40, 30), "JPEG", progressive=True),
+    ],
+    ids=["grey", "cmyk", "palette", "alpha", "progressive"],
+)
+def test_every_kind_of_jpeg_and_png_becomes_rgb(image):
+    pixels = decode(image, lambda width, height: Geometry(None, (width, height)))
+    assert pixels.shape == (30, 40, 3)
+    assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (PHOTO[:-2000], "cannot be decoded"),
+        (PHOTO[:100], "cannot be decoded"),
+        (encode(photograph(40, 30), "PNG")[:-200], "cannot be decoded"),
+        (encode(photograph(40, 30), "PNG")[:30], "cannot be decoded"),
+        (b"", "neither JPEG nor PNG: 0 bytes"),
+        (b"GIF89a......", "neither JPEG nor PNG: 12 bytes beginning 47 49 46"),
+    ],
+)
+def test_broken_files_are_refused(image, message):
+    with pytest.raises(DataError, match=message):
+        decode(image, lambda width, height: Geometry(None, (width, height)))
+
+
+def test_a_header_that_claims_a_gigantic_image_is_refused_before_decoding():
+    image = bytearray(encode(photograph(40, 30), "PNG"))
+    image[16:24] = (100_000).to_bytes(4, "big") * 2
+    image[29:33] = zlib.crc32(image[12:29]).to_bytes(4, "big")
+    with pytest.raises(DataError, match="claims 100000 × 100000 pixels"):
+        decode(bytes(image), lambda width, height: Geometry(None, (width, height)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"interpolation": "nearest"},
+        {"scale": (0.5, 0.2)},
+        {"ratio": (0.0, 1.0)},
+        {"auto_augment": "rand-q9"},
+    ],
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(DataError):
+        AugmentSpec(**settings)

@@ -1,0 +1,82 @@
+"""The data commands as a user runs them: what they print, and how they fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.__main__ import main
+from data.folder import SyntheticSource
+from data.webdataset import TarSource
+
+ROOT = Path(__file__).parents[2]
+IMAGES = SyntheticSource(num_samples=12, num_classes=3, size=8)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for id in range(12):
+        path = tmp_path / "images" / f"kind_{id % 3}" / f"{id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(IMAGES.read(id).image)
+    return tmp_path / "images"
+
+
+def test_pack_verify_and_index_from_end_to_end(images, tmp_path, capsys):
+    out = tmp_path / "shards"
+    assert main(["pack", str(images), "--out", str(out), "--samples-per-shard", "5"]) == 0
+    assert str(out / "manifest.json") in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+    fingerprint = TarSource(out).fingerprint
+    assert f"12 samples, fingerprint {fingerprint}" in capsys.readouterr().out
+
+    (out / "shards-000001.idx").unlink()
+    assert main(["verify", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out / 'shards-000001.idx'} is missing; run `foveate data index {out}`\n"
+    )
+    assert main(["index", str(out)]) == 0
+    assert TarSource(out).fingerprint == fingerprint
+    assert TarSource(out).classes == ("kind_0", "kind_1", "kind_2")
+
+
+def test_class_names_come_from_a_file_when_asked(images, tmp_path):
+    out = tmp_path / "shards"
+    assert main(["pack", str(images), "--out", str(out)]) == 0
+    (tmp_path / "names.txt").write_text("ant\nbee\n\ncat\n")
+    assert main(["index", str(out), "--classes", str(tmp_path / "names.txt")]) == 0
+    assert TarSource(out).classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("index", "{}/nowhere"),
+        ("pack", "{}/nowhere", "--out", "{}/out"),
+        ("pack", "{}/images", "--out", "{}/images"),
+        ("pack", "{}/images", "--out", "{}/out", "--samples-per-shard", "0"),
+        ("pack", "{}/images", "--out", "/proc/nothing/out"),
+        ("index", "{}/images", "--classes", "{}/nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(images, tmp_path, arguments, capsys):
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_exits_with_the_code_and_no_traceback(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "data", "verify", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {tmp_path / 'manifest.json'} is missing; run `foveate data index {tmp_path}`\n"
+    )

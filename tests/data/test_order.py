@@ -1,0 +1,138 @@
+"""The order of training: a permutation per epoch, cut the same way whoever shares the batch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.base import Cursor, DataError, Shard
+from data.order import Order, Schedule, evaluation_ids
+
+START = Cursor(epoch=0, samples=0, seed=5, index="")
+WORLDS = (1, 2, 3, 4, 8)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(-(2**63), 2**63), st.integers(0, 1000))
+def test_every_epoch_is_a_permutation(num_samples, seed, epoch):
+    ids = Order(num_samples=num_samples, seed=seed).ids(epoch, np.arange(num_samples))
+    assert np.array_equal(np.sort(ids), np.arange(num_samples))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**9), st.integers(0, 2**31), st.data())
+def test_a_position_has_one_sample_however_it_is_asked_for(num_samples, seed, data):
+    positions = np.array(data.draw(st.lists(st.integers(0, num_samples - 1), min_size=1)))
+    order = Order(num_samples=num_samples, seed=seed)
+    together = order.ids(3, positions)
+    assert together.tolist() == [int(order.ids(3, np.array([p]))[0]) for p in positions]
+    assert together.min() >= 0
+    assert together.max() < num_samples
+
+
+@pytest.mark.parametrize("num_samples", [63, 1000, 50_000])
+def test_epochs_and_seeds_differ_and_look_random(num_samples):
+    positions = np.arange(num_samples)
+    orders = [
+        Order(num_samples=num_samples, seed=seed).ids(epoch, positions)
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (2**40, 0)]
+    ]
+    for index, first in enumerate(orders):
+        assert (first == positions).mean() < 0.1
+        assert abs(np.corrcoef(first, positions)[0, 1]) < 6 / num_samples**0.5
+        for second in orders[:index]:
+            assert (first == second).mean() < 0.1
+
+
+def test_class_sorted_data_is_mixed_like_a_true_shuffle():
+    """1,000 of 100,000 samples sorted into 1,000 classes: about 632 distinct ones are ideal."""
+    ids = Order(num_samples=100_000, seed=1).ids(0, np.arange(1000))
+    assert 590 < len(np.unique(ids // 100)) < 675
+
+
+def global_batch(schedule, cursor, world_size):
+    """Take one global batch on `world_size` ranks: its positions in order, and the next cursor."""
+    parts, epochs = [], set()
+    for _ in range(schedule.micro_batches):
+        slices = [
+            schedule.take(cursor, Shard(rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        assert len({part.cursor for part in slices}) == 1, "ranks disagree about the cursor"
+        parts += [part.positions for part in slices]
+        epochs |= {part.epoch for part in slices}
+        cursor = slices[0].cursor
+    assert len(epochs) == 1, "a global batch spans two epochs"
+    return epochs.pop(), np.concatenate(parts), cursor
+
+
+@settings(deadline=None)
+@given(
+    st.integers(96, 1000),
+    st.lists(st.tuples(st.sampled_from(WORLDS), st.sampled_from([1, 2])), min_size=5, max_size=40),
+)
+def test_global_batches_do_not_depend_on_world_size_or_accumulation(num_samples, topologies):
+    cursor = START
+    steps_per_epoch = num_samples // 96
+    for step, (world_size, micro_batches) in enumerate(topologies):
+        schedule = Schedule(num_samples=num_samples, global_batch=96, micro_batches=micro_batches)
+        epoch, positions, cursor = global_batch(schedule, cursor, world_size)
+        first = step % steps_per_epoch * 96
+        assert epoch == step // steps_per_epoch
+        assert positions.tolist() == list(range(first, first + 96))
+        assert cursor.epoch * steps_per_epoch * 96 + cursor.samples == (step + 1) * 96
+
+
+def test_the_cursor_counts_micro_batches_over_all_ranks():
+    schedule = Schedule(num_samples=100, global_batch=24, micro_batches=3)
+    part = schedule.take(START, Shard(rank=1, world_size=2))
+    assert part.positions.tolist() == [4, 5, 6, 7]
+    assert part.cursor.samples == 8
+
+
+def test_the_remainder_is_dropped_and_the_epoch_rolls_over():
+    schedule = Schedule(num_samples=21, global_batch=8)
+    cursor = START
+    seen = []
+    for _ in range(4):
+        part = schedule.take(cursor, Shard(rank=0, world_size=1))
+        seen.append((part.epoch, part.positions[0]))
+        cursor = part.cursor
+    assert seen == [(0, 0), (0, 8), (1, 0), (1, 8)]
+    assert (cursor.epoch, cursor.samples) == (2, 0)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic():
+    schedule = Schedule(num_samples=1000, global_batch=100, micro_batches=2)
+    with pytest.raises(DataError, match=r"100 does not divide by 12 = 3 processes × 2 micro-") as e:
+        schedule.take(START, Shard(rank=0, world_size=3))
+    assert "use 96" in str(e.value)
+
+
+def test_a_cursor_within_a_micro_batch_is_refused():
+    schedule = Schedule(num_samples=1000, global_batch=100)
+    cursor = Cursor(epoch=0, samples=50, seed=0, index="")
+    with pytest.raises(DataError, match="sample 50 of epoch 0"):
+        schedule.take(cursor, Shard(rank=0, world_size=1))
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(DataError, match="10 samples, fewer than one global batch of 16"):
+        Schedule(num_samples=10, global_batch=16)
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(WORLDS))
+def test_evaluation_covers_every_id_once_in_equal_batches(num_samples, batch_size, world_size):
+    ranks = [
+        list(
+            evaluation_ids(
+                num_samples, batch_size=batch_size, shard=Shard(rank=rank, world_size=world_size)
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(ids) == batch_size for batches in ranks for ids in batches)
+    ids = np.concatenate([ids for batches in ranks for ids in batches])
+    assert np.sort(ids[ids >= 0]).tolist() == list(range(num_samples))
+    assert len(ids) - num_samples < batch_size * world_size

@@ -1,0 +1,129 @@
+"""Packing: whole or not at all, once, and readable by webdataset itself."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data.base import DataError
+from data.folder import ArraySource, SyntheticSource
+from data.pack import pack, pack_folder
+from data.webdataset import TarSource
+
+ROOT = Path(__file__).parents[2]
+SOURCE = SyntheticSource(num_samples=50, num_classes=5, size=8)
+
+
+def quiet(_):
+    pass
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_sample_is_packed_once_and_shuffled(tmp_path):
+    manifest = pack(SOURCE, tmp_path / "out", samples_per_shard=20, progress=quiet)
+    packed = TarSource(tmp_path / "out")
+    assert [shard.num_samples for shard in manifest.shards] == [17, 17, 16]
+    assert [shard.name for shard in manifest.shards] == [f"out-00000{i}.tar" for i in range(3)]
+    assert packed.classes == SOURCE.classes
+    found = [(packed.read(id).image, packed.read(id).label) for id in range(50)]
+    expected = [(SOURCE.read(id).image, SOURCE.read(id).label) for id in range(50)]
+    assert sorted(found) == sorted(expected)
+    assert found != expected
+    assert all(shard.class_entropy > 1.9 for shard in manifest.shards)
+
+
+def test_webdataset_reads_what_was_packed(tmp_path):
+    pack(SOURCE, tmp_path / "out", progress=quiet)
+    packed = TarSource(tmp_path / "out")
+    url = str(tmp_path / "out" / "out-000000.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{id:09d}" for id in range(50)]
+    assert [sample["png"] for sample in samples] == [packed.read(id).image for id in range(50)]
+    assert [int(sample["cls"]) for sample in samples] == packed.labels.tolist()
+
+
+def test_packing_again_gives_the_same_bytes_and_a_finished_pack_is_left_alone(tmp_path):
+    pack(SOURCE, tmp_path / "a" / "x", progress=quiet)
+    pack(SOURCE, tmp_path / "b" / "x", progress=quiet)
+    assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "x").iterdir()}
+    lines = []
+    pack(SOURCE, tmp_path / "a" / "x", progress=lines.append)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "x").iterdir()} == before
+    assert lines == [f"{tmp_path / 'a' / 'x' / 'manifest.json'} is there already"]
+
+
+def test_another_seed_is_another_order(tmp_path):
+    first = pack(SOURCE, tmp_path / "a", seed=0, progress=quiet)
+    second = pack(SOURCE, tmp_path / "b", seed=1, progress=quiet)
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+    pack(SOURCE, tmp_path / "out", progress=quiet)
+    with pytest.raises(DataError, match="packed from other data or with other settings"):
+        pack(SOURCE, tmp_path / "out", seed=1, progress=quiet)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="mine is in the way"):
+        pack(SOURCE, tmp_path / "mine", progress=quiet)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(tmp_path):
+    pack(SOURCE, tmp_path / "out", samples_per_shard=20, progress=quiet)
+    (tmp_path / "out" / "out-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"out-000001\.tar is missing"):
+        pack(SOURCE, tmp_path / "out", samples_per_shard=20, progress=quiet)
+
+
+def test_a_source_that_fails_leaves_nothing_behind(tmp_path):
+    labels = np.arange(30)  # the last sample has no image
+    source = ArraySource(
+        images=np.zeros((29, 4, 4, 3), np.uint8), labels=labels, classes=("a",) * 30
+    )
+    with pytest.raises(DataError, match="no name"):
+        pack(ArraySource(images=source.images, labels=labels, classes=("a",)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from data.pack import pack;"
+        "from data.folder import SyntheticSource;"
+        "pack(SyntheticSource(num_samples=4000, size=32), Path(sys.argv[1]), samples_per_shard=100)"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("wrote ")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    pack(SOURCE, out, progress=quiet)
+    assert len(TarSource(out)) == 50
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_image_folder_keeps_its_splits_and_class_names(tmp_path):
+    for split, count in (("train", 6), ("val", 3)):
+        for id in range(count):
+            path = tmp_path / "images" / split / f"class_{id % 3}" / f"{id}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(SOURCE.read(id).image)
+    folders = pack_folder(tmp_path / "images", tmp_path / "out", progress=quiet)
+    assert folders == [tmp_path / "out" / "train", tmp_path / "out" / "val"]
+    assert [len(TarSource(folder)) for folder in folders] == [6, 3]
+    assert TarSource(folders[1]).classes == ("class_0", "class_1", "class_2")
+    (flat,) = pack_folder(tmp_path / "images" / "train", tmp_path / "flat", progress=quiet)
+    assert len(TarSource(flat)) == 6
