@@ -9,16 +9,20 @@ from launcher.process import Process
 
 
 def join(process: Process) -> torch.device:
-    """Join the run's process group and return this process's device: its GPU, else the CPU."""
+    """Join the run's process group and return this process's device: its GPU, else the CPU.
+
+    A process that has joined one already, a notebook's for one, stays in it.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(process.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=f"tcp://{process.address}:{process.port}",
-        rank=process.rank,
-        world_size=process.world_size,
-    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            init_method=f"tcp://{process.address}:{process.port}",
+            rank=process.rank,
+            world_size=process.world_size,
+        )
     return torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
 
 

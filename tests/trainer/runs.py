@@ -1,0 +1,55 @@
+"""Tiny runs for the trainer's tests: a few steps of a pico model on generated images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.process import Process
+from trainer.config import RunConfig, override
+from trainer.loop import Trainer
+from trainer.recipes import recipe
+
+TINY = (
+    "--data.source", "synthetic",
+    "--data.train", "num_samples=120,num_classes=10,size=20",
+    "--data.val", "num_samples=50,num_classes=10,size=20",
+    "--data.mixup", "0.8", "--data.cutmix", "1.0", "--data.erase-prob", "0.25",
+    "--data.crop-scale", "0.2", "1.0",
+    "--model.img-size", "16", "--model.drop-path", "0.2",
+    "--train.batch-size", "24", "--train.epochs", "4", "--train.ema-decay", "0.9",
+    "--optim.warmup-epochs", "1", "--eval.every-epochs", "2", "--eval.batch-size", "24",
+    "--checkpoint.every", "5", "--checkpoint.keep-last", "9",
+    "--log.every", "1", "--log.images", "4",
+)  # fmt: skip
+
+
+def tiny_config(run_dir: Path, *arguments: str) -> RunConfig:
+    """Return the demo recipe shrunk to 20 steps of 24 images, with every augmentation on."""
+    return override(recipe("demo"), [*TINY, "--run-dir", str(run_dir), *arguments])
+
+
+def train(rank: int, world_size: int, config: str) -> bool:
+    """Run a whole configuration (JSON) as one rank of a process group that exists."""
+    run_config = RunConfig.from_json(config)
+    run_dir = Path(run_config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(config)
+    place = Process(
+        rank=rank, world_size=world_size, local_rank=rank, node=0,
+        address="127.0.0.1", port=0, kind="torchrun",
+    )  # fmt: skip
+    return Trainer(run_config, place, sys.stderr).run()
+
+
+def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind of RUN/metrics.jsonl."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Return the loss of every step; of a step that was run twice, the last."""
+    return {line["step"]: line["loss"] for line in lines(run_dir, "train")}
