@@ -44,9 +44,12 @@ class FolderSource:
     def fingerprint(self) -> str:
         """SHA-256 over the names and sizes of all files."""
         digest = hashlib.sha256()
-        for path in self._files:
-            line = f"{path.relative_to(self._folder).as_posix()}\0{path.stat().st_size}\n"
-            digest.update(line.encode())
+        try:
+            for path in self._files:
+                line = f"{path.relative_to(self._folder).as_posix()}\0{path.stat().st_size}\n"
+                digest.update(line.encode())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}); restore it") from error
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from data.base import DataError, Source
+from data.decode import open_image
 from data.folder import FolderSource
 from data.index import MANIFEST, Manifest, build, check_shard
 from data.order import Order
@@ -113,9 +114,17 @@ def _write_shard(path: Path, source: Source, ids: NDArray[np.int64], first: int)
     with webdataset.TarWriter(str(path), mtime=0) as writer:
         for position, id in enumerate(ids.tolist(), start=first):
             sample = source.read(id)
-            suffix = "png" if sample.image.startswith(b"\x89PNG") else "jpg"
+            suffix = _suffix(sample.image, source, id)
             key = f"{position:09d}"
             writer.write({"__key__": key, suffix: sample.image, "cls": sample.label})
+
+
+def _suffix(image: bytes, source: Source, id: int) -> str:
+    """Return png or jpg, by content; raises DataError naming the sample if it is neither."""
+    try:
+        return "png" if open_image(image).format == "PNG" else "jpg"
+    except DataError as error:
+        raise DataError(f"{source.name(id)} {error}") from error
 
 
 def _accept(out: Path, recipe: dict[str, object], progress: Callable[[str], None]) -> Manifest:

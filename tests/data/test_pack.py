@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 
 from data.base import DataError
-from data.folder import ArraySource, SyntheticSource
+from data.folder import FolderSource, SyntheticSource
 from data.pack import pack, pack_folder
 from data.webdataset import TarSource
 
@@ -84,14 +83,23 @@ def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(tmp_path):
         pack(SOURCE, tmp_path / "out", samples_per_shard=20, progress=quiet)
 
 
-def test_a_source_that_fails_leaves_nothing_behind(tmp_path):
-    labels = np.arange(30)  # the last sample has no image
-    source = ArraySource(
-        images=np.zeros((29, 4, 4, 3), np.uint8), labels=labels, classes=("a",) * 30
-    )
-    with pytest.raises(DataError, match="no name"):
-        pack(ArraySource(images=source.images, labels=labels, classes=("a",)), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"a/3\.png cannot be read"), (b"GIF89a", r"a/3\.png is neither JPEG nor PNG")],
+)
+def test_a_bad_sample_is_named_and_leaves_nothing_behind(tmp_path, content, message):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for id in range(6):
+        (tmp_path / "images" / "a" / f"{id}.png").write_bytes(SOURCE.read(id).image)
+    source = FolderSource(tmp_path / "images")
+    bad = tmp_path / "images" / "a" / "3.png"
+    bad.unlink()
+    if content is not None:
+        bad.write_bytes(content)
+        source = FolderSource(tmp_path / "images")
+    with pytest.raises(DataError, match=message):
+        pack(source, tmp_path / "out", samples_per_shard=2, progress=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
