@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Never
@@ -65,6 +66,7 @@ def pretrain(arguments: list[str]) -> int:
     parser = _Parser(prog="foveate pretrain RECIPE", add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int)
     parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--prepare", action="store_true")
     if not arguments or arguments[0].startswith("-"):
         if not {"-h", "--help"} & set(arguments):
             raise UserError(f"which recipe? foveate pretrain RECIPE (known: {', '.join(RECIPES)})")
@@ -80,7 +82,18 @@ def pretrain(arguments: list[str]) -> int:
     if options.print_config:
         print(config.to_json(), end="")
         return 0
+    if options.prepare:
+        return _prepare(config)
     return _start(config, num_processes=options.nproc)
+
+
+def _prepare(config: RunConfig) -> int:
+    from . import rundir
+
+    run_dir = rundir.prepare(config)
+    print(f"export PYTHONPATH={shlex.quote(str(run_dir / 'code'))} PYTHONSAFEPATH=1")
+    print(f"srun python -m trainer --config {shlex.quote(str(run_dir / 'config.json'))}")
+    return 0
 
 
 def _start(config: RunConfig, *, num_processes: int | None) -> int:
@@ -90,7 +103,7 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     if Process.from_environment(os.environ).world_size > 1:
         raise UserError(
             "foveate pretrain starts its workers itself: run it once, without torchrun or srun, "
-            "or start workers by srun python -m trainer --config RUN/config.json"
+            "or see foveate pretrain RECIPE --prepare"
         )
     if num_processes is None:
         num_processes = max(1, local.num_gpus())
@@ -126,7 +139,7 @@ def _pretrain_help() -> str:
     recipes = (f"  {name:22}{item.__doc__}" for name, item in RECIPES.items())
     return "\n".join(
         [
-            "usage: foveate pretrain RECIPE [--nproc N] [--print-config] [--SECTION.SETTING VALUE]",
+            "usage: foveate pretrain RECIPE [options]",
             "",
             "Starting the same run folder again continues the run.",
             "",
@@ -136,6 +149,7 @@ def _pretrain_help() -> str:
             "options:",
             "  --nproc N             processes on this machine (default: one per GPU, or one)",
             "  --print-config        print the configuration as JSON and stop",
+            "  --prepare             make the run folder, print how srun starts workers, and stop",
             "  --run-dir DIR         the run folder (default: runs/RECIPE)",
             "  --SECTION.SETTING     any other setting, such as --optim.lr 2e-3",
             "",
@@ -148,7 +162,7 @@ def _print_settings(config: RunConfig) -> None:
     """Print every setting with the recipe's value; tyro reads what they mean from the source."""
     import tyro
 
-    prog = f"foveate pretrain {config.recipe} [--nproc N] [--print-config]"
+    prog = f"foveate pretrain {config.recipe} [--nproc N] [--print-config] [--prepare]"
     with contextlib.suppress(SystemExit):
         tyro.cli(RunConfig, default=config, args=["--help"], prog=prog)
 

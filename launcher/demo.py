@@ -25,6 +25,9 @@ NUM_PROCESSES = 2
 CRASH_AFTER = 0.4
 """Share of the steps after which the first checkpoint is followed by a crash."""
 
+EXPLAINED = (2, 75)
+"""Exit codes of a step that has already said in one line why it ended."""
+
 
 def run(overrides: Sequence[str] = ()) -> int:
     """Pretrain the recipe `demo` on CIFAR-10 with two processes, and return the exit code.
@@ -50,7 +53,8 @@ def run(overrides: Sequence[str] = ()) -> int:
             with _timed(seconds, "export"):
                 _call("launcher", "export", run_dir, "--format", "timm", "--out", bundle)
     except _StepFailed as failed:
-        print(f"error: the demonstration stopped at: {failed}", file=sys.stderr)
+        if failed.code not in EXPLAINED:
+            print(f"error: the demonstration stopped at: {failed}", file=sys.stderr)
         return failed.code
     print(summary(run_dir, bundle, seconds))
     return 0

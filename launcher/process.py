@@ -159,7 +159,7 @@ def open_log(run_dir: Path, rank: int) -> TextIO:
     sys.stdout.flush()
     sys.stderr.flush()
     before = os.fdopen(os.dup(2), "w", buffering=1)
-    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     with (run_dir / "logs" / f"rank_{rank:05d}.log").open("ab") as log:
         for stream in (2,) if rank == 0 else (1, 2):
             os.dup2(log.fileno(), stream)
