@@ -30,10 +30,10 @@ class Geometry(NamedTuple):
     key_count: Tensor
     outside: Tensor
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        """Log-spaced offsets along rows [R] and columns [S], float32: the input of the bias MLP."""
-        span = self.plan.span
-        return _log_offset(self.rows, span[0]), _log_offset(self.columns, span[1])
+    def features(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Log-spaced offsets along rows [R] and columns [S]: the input of the bias MLP."""
+        rows, columns = self.plan.span
+        return _log_offset(self.rows.to(dtype), rows), _log_offset(self.columns.to(dtype), columns)
 
 
 class StagePlan(NamedTuple):
@@ -54,7 +54,7 @@ class StagePlan(NamedTuple):
 
 def _log_offset(doubled: Tensor, span: int) -> Tensor:
     # A span of one cell would divide by zero; there is then a single offset, zero.
-    delta = doubled.float() * (4.0 / max(span - 1, 1))
+    delta = doubled * (4.0 / max(span - 1, 1))
     return delta.sign() * (1 + delta.abs()).log2() / 3
 
 

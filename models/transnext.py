@@ -52,7 +52,7 @@ class PositionBias(nn.Module):
         """The bias [h, N, M] added to the logits."""
         weight, hidden_bias = widen(self.cpb_fc1.weight), widen(self.cpb_fc1.bias)
         with full_precision(weight):
-            rows, columns = (part.to(weight.dtype) for part in geometry.features())
+            rows, columns = geometry.features(weight.dtype)
             # A linear layer on (row, column) pairs is a sum of one term per axis.
             hidden = (rows[:, None] * weight[:, 0])[:, None]
             hidden = F.relu(hidden + (columns[:, None] * weight[:, 1] + hidden_bias))

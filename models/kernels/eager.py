@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
+# Up to this many tokens all pairs at once, by matrix products, beat nine passes over the map.
+SMALL_GRID = 64
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -161,7 +162,8 @@ def _scale_queries(
     unit: Tensor, query_embedding: Tensor, temperature: Tensor, key_count: Tensor
 ) -> Tensor:
     """(q̂ + embedding) · softplus(temperature) · ln(key count), for unit queries [B, h, N, d]."""
-    scale = F.softplus(widen(temperature)) * widen(key_count).log()[:, None]
+    scale = F.softplus(widen(temperature))
+    scale = scale * key_count.to(scale.dtype).log()[:, None]
     return (unit + widen(query_embedding)) * scale
 
 
@@ -170,6 +172,11 @@ def window_logits(q: Tensor, k: Tensor) -> Tensor:
 
     q and k [B, h, H, W, d]. Returns [B, h, H, W, 9], slot 3a + b being row + a - 1, column + b - 1.
     """
+    height, width = q.shape[2:4]
+    if height * width <= SMALL_GRID:
+        products = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-2, -1)
+        slots = _window_slots(height, width, like=q)
+        return torch.einsum("bhqk,qks->bhqs", products, slots).view(*q.shape[:4], 9)
     logits: Tensor = _WindowLogits.apply(q, k)
     return logits
 
@@ -180,8 +187,25 @@ def window_mix(weights: Tensor, v: Tensor) -> Tensor:
     weights [B, h, H, W, 9] in the slot order of `window_logits`, v [B, h, H, W, d].
     Returns [B, h, H, W, d].
     """
+    height, width = v.shape[2:4]
+    if height * width <= SMALL_GRID:
+        slots = _window_slots(height, width, like=v)
+        spread = torch.einsum("bhqs,qks->bhqk", weights.flatten(2, 3), slots)
+        return (spread @ v.flatten(2, 3)).view(v.shape)
     mixed: Tensor = _WindowMix.apply(weights, v)
     return mixed
+
+
+def _window_slots(height: int, width: int, *, like: Tensor) -> Tensor:
+    """One-hot [N, N, 9]: whether key k is in slot s of query q's window."""
+    by_axis = []
+    for size in (height, width):
+        places = torch.arange(size, device=like.device)
+        offsets = places - places[:, None]
+        by_axis.append(offsets[..., None] == torch.arange(-1, 2, device=like.device))
+    rows, columns = by_axis
+    slots = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+    return slots.reshape(height * width, height * width, 9).to(like.dtype)
 
 
 class _WindowLogits(torch.autograd.Function):

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
+from models import build
 from tests.models.golden_stream import (
     arrays,
     deviation,
@@ -13,9 +16,6 @@ from tests.models.golden_stream import (
     stream,
     summary,
 )
-from torch.nn import functional as F
-
-from models import build
 
 TRANSNEXT = ["transnext_micro", "transnext_tiny", "transnext_small", "transnext_base"]
 TRANSXNET = ["transxnet_t", "transxnet_s", "transxnet_b"]
@@ -108,7 +108,7 @@ def test_coordinates(size):
     model = build("transnext_micro", img_size=size, pretrain_size=224)
     for stage in range(1, 5):
         geometry = model.geometry(stage)
-        rows, columns = geometry.features()
+        rows, columns = geometry.features(torch.float32)
         table = torch.cartesian_prod(rows, columns)
         reference = arrays("transnext_micro")[f"coords{size}.stage{stage}"]
         assert deviation(summary(table[geometry.pairs]), reference) < 1e-6
