@@ -1,8 +1,9 @@
 """Per-sample transforms: what each image goes through on its way to the network.
 
 Owns crop, flip, colour jitter and the evaluation geometry; RandAugment is in `randaugment.py`.
-Invariant: a training view is a pure function of (spec, seed, epoch, sample id, bytes): random
-numbers are derived in advance for many samples at once and handed down row by row.
+Invariant: a training view is a pure function of (spec, seed, epoch, key, bytes), where the key
+tells samples and their copies apart: random numbers are derived in advance for many samples at
+once and handed down row by row.
 """
 
 from __future__ import annotations
@@ -56,25 +57,25 @@ class AugmentSpec:
             parse_policy(self.auto_augment)
 
     def render(
-        self, images: Iterable[bytes], ids: NDArray[np.int64], *, seed: int, epoch: int
+        self, images: Iterable[bytes], keys: NDArray[np.int64], *, seed: int, epoch: int
     ) -> Iterable[NDArray[np.uint8]]:
         """Yield the training view of each encoded image: uint8 [size, size, 3].
 
-        `ids` int64 [n] are the images' sample ids. A corrupt image raises DataError when its
-        turn comes.
+        `keys` int64 [n] are the images' sample ids, or what tells copies of a sample apart. A
+        corrupt image raises DataError when its turn comes.
         """
-        crops = self._crop_draws(ids, seed=seed, epoch=epoch)
-        flips = uniforms(seed, epoch, ids, Purpose.FLIP, count=1)[:, 0] < self.hflip
-        colors = self._color_draws(ids, seed=seed, epoch=epoch)
+        crops = self._crop_draws(keys, seed=seed, epoch=epoch)
+        flips = uniforms(seed, epoch, keys, Purpose.FLIP, count=1)[:, 0] < self.hflip
+        colors = self._color_draws(keys, seed=seed, epoch=epoch)
         for row, image in enumerate(images):
             pixels = decode(image, partial(self._geometry, crops[row]))
             if flips[row]:
                 pixels = pixels[:, ::-1]
             yield pixels if colors is None else self._recolor(pixels, colors[row])
 
-    def _crop_draws(self, ids: NDArray[np.int64], *, seed: int, epoch: int) -> list[list[float]]:
-        """Return, for each id, ten areas, ten aspect ratios, and three uniform numbers."""
-        draws = uniforms(seed, epoch, ids, Purpose.CROP, count=2 * _CROP_ATTEMPTS + 3)
+    def _crop_draws(self, keys: NDArray[np.int64], *, seed: int, epoch: int) -> list[list[float]]:
+        """Return, for each key, ten areas, ten aspect ratios, and three uniform numbers."""
+        draws = uniforms(seed, epoch, keys, Purpose.CROP, count=2 * _CROP_ATTEMPTS + 3)
         areas, ratios = draws[:, :_CROP_ATTEMPTS], draws[:, _CROP_ATTEMPTS:-3]
         areas[:] = self.scale[0] + areas * (self.scale[1] - self.scale[0])
         ratios[:] = self.ratio[0] * np.exp(ratios * math.log(self.ratio[1] / self.ratio[0]))
@@ -90,13 +91,13 @@ class AugmentSpec:
         return Geometry(box, (self.size, self.size), interpolation=interpolation)
 
     def _color_draws(
-        self, ids: NDArray[np.int64], *, seed: int, epoch: int
+        self, keys: NDArray[np.int64], *, seed: int, epoch: int
     ) -> NDArray[np.float64] | None:
         if self.auto_augment is not None:
             count = parse_policy(self.auto_augment).num_draws
-            return uniforms(seed, epoch, ids, Purpose.AUTO_AUGMENT, count=count)
+            return uniforms(seed, epoch, keys, Purpose.AUTO_AUGMENT, count=count)
         if self.color_jitter > 0:
-            return uniforms(seed, epoch, ids, Purpose.COLOR_JITTER, count=6)
+            return uniforms(seed, epoch, keys, Purpose.COLOR_JITTER, count=6)
         return None
 
     def _recolor(self, pixels: NDArray[np.uint8], draws: NDArray[np.float64]) -> NDArray[np.uint8]:

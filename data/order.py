@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from data.base import Cursor, DataError, Shard
 from data.randomness import Purpose, mix64, random_bits
 
-_ROUNDS = 6  # even, so that the two halves of odd-sized domains end where they began
+_ROUNDS = 6  # even, so that each half of the bits is replaced equally often
+_REPEAT_BLOCK = 64  # images whose copies stand together when samples are repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,32 @@ class Order:
 
     A Feistel network over the smallest power of two that holds the ids, walking cycles until
     the value falls inside (Black and Rogaway, CT-RSA 2002): at most two applications on average.
+    With `repeats` above 1 an epoch shows 1/repeats of the samples, each that many times (Hoffer
+    et al., arXiv:1901.09335): 64 samples, then the same ones again, moved up by one place so that
+    a copy has another partner than the copy before it.
     """
 
     num_samples: int
     seed: int
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise DataError(f"repeats {self.repeats} must be at least 1")
 
     def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the sample ids at `positions` (each in [0, num_samples)), same shape, int64."""
+        if self.repeats == 1:
+            return self._shuffled(epoch, positions)
+        block = positions // (_REPEAT_BLOCK * self.repeats) * _REPEAT_BLOCK
+        place = (positions + self.copies(positions)) % _REPEAT_BLOCK
+        return self._shuffled(epoch, (block + place) % self.num_samples)
+
+    def copies(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which copy of its sample stands at each position: int64 in [0, repeats)."""
+        return positions // _REPEAT_BLOCK % self.repeats
+
+    def _shuffled(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         keys = random_bits(self.seed, epoch, np.arange(_ROUNDS), Purpose.ORDER, count=1)[:, 0]
         values = self._permute(positions.astype(np.uint64).ravel(), keys)
         outside = np.flatnonzero(values >= self.num_samples)

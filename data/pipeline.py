@@ -51,10 +51,11 @@ def open_source(kind: str, path: str | Path) -> Source:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A batch before it is loaded. Ids of -1 are padding."""
+    """A batch before it is loaded. Ids of -1 are padding; `keys` are what augmentation hangs on."""
 
     epoch: int
     ids: NDArray[np.int64]
+    keys: NDArray[np.int64]
     positions: NDArray[np.int64]
     size: int
     render: Render
@@ -67,7 +68,8 @@ _Pending = tuple[_Plan, Tensor, list[Future[None]]]
 class ImagePipeline:
     """The `DataPipeline` of training images.
 
-    `global_batch` samples make an optimizer step, cut into `micro_batches`. How they are loaded
+    `global_batch` samples make an optimizer step, cut into `micro_batches`; with `repeats` above 1
+    an epoch shows so many differently augmented copies of fewer images. How they are loaded
     changes nothing about them: `num_workers` threads decode, `prefetch` micro-batches are kept
     ahead, and images, labels and validity end up on `device`. Raises DataError if the data set is
     smaller than a batch.
@@ -80,6 +82,7 @@ class ImagePipeline:
         augment: AugmentSpec,
         global_batch: int,
         micro_batches: int = 1,
+        repeats: int = 1,
         seed: int = 0,
         num_workers: int = 2,
         prefetch: int = 2,
@@ -91,7 +94,7 @@ class ImagePipeline:
         self.schedule = Schedule(
             num_samples=len(source), global_batch=global_batch, micro_batches=micro_batches
         )
-        self._order = Order(num_samples=len(source), seed=seed)
+        self._order = Order(num_samples=len(source), seed=seed, repeats=repeats)
         self._loader = _Loader(
             source, num_workers=num_workers, prefetch=prefetch, device=torch.device(device)
         )
@@ -132,9 +135,11 @@ class ImagePipeline:
             part = self.schedule.take(cursor, shard)
             cursor = part.cursor
             ids = self._order.ids(part.epoch, part.positions)
+            copies = self._order.copies(part.positions)
             yield _Plan(
                 epoch=part.epoch,
                 ids=ids,
+                keys=ids + copies * len(self.source),
                 positions=part.positions,
                 size=self.augment.size,
                 render=partial(self.augment.render, seed=self.seed, epoch=part.epoch),
@@ -165,9 +170,10 @@ def eval_batches(
         _Plan(
             epoch=0,
             ids=ids,
+            keys=ids,
             positions=ids,
             size=spec.size,
-            render=lambda images, ids: spec.render(images),
+            render=lambda images, keys: spec.render(images),
             cursor=cursor,
         )
         for ids in evaluation_ids(len(source), batch_size=batch_size, shard=shard)
@@ -215,9 +221,10 @@ class _Loader:
         """Load the samples of `rows` into their rows of `images`; blacken the padding."""
         images[rows[plan.ids[rows] < 0]] = 0
         rows = rows[plan.ids[rows] >= 0]
-        ids = plan.ids[rows]
-        views = iter(plan.render([self._source.read(id).image for id in ids.tolist()], ids))
-        for row, id in zip(rows.tolist(), ids.tolist(), strict=True):
+        ids = plan.ids[rows].tolist()
+        encoded = [self._source.read(id).image for id in ids]
+        views = iter(plan.render(encoded, plan.keys[rows]))
+        for row, id in zip(rows.tolist(), ids, strict=True):
             try:
                 images[row] = next(views)
             except DataError as error:

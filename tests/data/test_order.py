@@ -50,6 +50,28 @@ def test_class_sorted_data_is_mixed_like_a_true_shuffle():
     assert 590 < len(np.unique(ids // 100)) < 675
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_samples_share_an_epoch_but_no_pair(repeats):
+    positions = np.arange(64 * repeats * 20)
+    order = Order(num_samples=len(positions), seed=0, repeats=repeats)
+    ids, copies = order.ids(0, positions), order.copies(positions)
+    assert len(np.unique(ids)) == len(positions) // repeats
+    assert len(set(zip(ids.tolist(), copies.tolist(), strict=True))) == len(positions)
+    pairs = np.sort(ids.reshape(-1, 2), axis=1)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert len(np.unique(pairs, axis=0)) >= 2 * len(pairs) // repeats
+    for start in range(0, len(positions), 64 * repeats):
+        assert len(np.unique(ids[start : start + 64 * repeats])) == 64
+
+
+def test_repeats_work_on_sets_smaller_than_a_block():
+    ids = Order(num_samples=10, seed=0, repeats=3).ids(0, np.arange(10))
+    assert ids.min() >= 0
+    assert ids.max() < 10
+    with pytest.raises(DataError, match="repeats 0"):
+        Order(num_samples=10, seed=0, repeats=0)
+
+
 def global_batch(schedule, cursor, world_size):
     """Take one global batch on `world_size` ranks: its positions in order, and the next cursor."""
     parts, epochs = [], set()

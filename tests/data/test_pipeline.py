@@ -126,6 +126,17 @@ def test_an_epoch_shows_each_sample_once_and_epochs_differ(uninterrupted):
     assert not np.array_equal(*views), "the same sample looks the same in both epochs"
 
 
+def test_repeated_samples_look_different_each_time():
+    pipeline = make_pipeline(repeats=2)
+    batches, _ = take(pipeline, pipeline.start(), ALONE, 2)
+    ids = torch.cat([batch.ids for batch in batches]).numpy()
+    pixels = torch.cat([batch.images for batch in batches]).numpy()
+    first = 0
+    (second,) = np.flatnonzero(ids[1:128] == ids[first]) + 1
+    assert not np.array_equal(pixels[first], pixels[second])
+    assert len(np.unique(ids[:128])) == 64
+
+
 def test_batches_have_the_promised_shapes_and_labels():
     pipeline = make_pipeline(micro_batches=2)
     (batch, *_), cursor = take(pipeline, pipeline.start(), Shard(rank=1, world_size=2), 1)
