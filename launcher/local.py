@@ -132,12 +132,12 @@ class Workers:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on to the workers, past torchrun, which would give them 30 seconds."""
         self._asked.append(signal.Signals(number))
-        if self._asked.count(signal.SIGINT) > 1:
+        if number == signal.SIGINT and len(self._asked) > 1:
             self.kill()
         elif self._process is not None:
             for process in self._workers():
                 _send(process, number)
-            print("\nstopping: the workers save first (Ctrl-C kills them)", file=sys.stderr)
+            print("\nstopping: the workers save first (Ctrl-C now kills them)", file=sys.stderr)
 
     def _workers(self) -> list[psutil.Process]:
         """Return the worker processes, or torchrun while it has started none."""

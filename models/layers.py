@@ -4,9 +4,8 @@ Invariant: no layer draws random numbers, and no statistic moves except as `Batc
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -78,45 +77,57 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-@dataclass
-class _Statistics:
-    """What the batches seen now mean for running statistics; see the two context managers."""
+class _Update:
+    """What the batches seen now do to running statistics: their weight, and the steps they count.
 
-    frozen: bool = False
-    micro_index: int = 0
-    micro_count: int = 1
+    Compiled graphs read the tensors, whose values they do not bake in; everything else reads the
+    numbers, which need no device.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: tuple[float, int] = (MOMENTUM, 1)
+        self.tensors = tuple(torch.tensor(number, device="cpu") for number in self.numbers)
+
+    @contextmanager
+    def set_to(self, weight: float, steps: int) -> Iterator[None]:
+        """Hold these values while active."""
+        before = self.numbers
+        self._assign(weight, steps)
+        try:
+            yield
+        finally:
+            self._assign(*before)
+
+    def _assign(self, weight: float, steps: int) -> None:
+        self.numbers = (weight, steps)
+        for tensor, number in zip(self.tensors, self.numbers, strict=True):
+            tensor.fill_(number)
+
+    def current(self) -> tuple[float | Tensor, ...]:
+        """The weight and the steps, in the form that fits the moment."""
+        return self.tensors if torch.compiler.is_compiling() else self.numbers
 
 
-_statistics = _Statistics()
+MOMENTUM = 0.1
+_update = _Update()
 
 
-@contextmanager
-def recomputing() -> Iterator[None]:
+def recomputing() -> AbstractContextManager[None]:
     """While active, a forward pass repeats an earlier one: running statistics stay as they are.
 
     Give it to activation checkpointing as the context of the recomputation.
     """
-    before, _statistics.frozen = _statistics.frozen, True
-    try:
-        yield
-    finally:
-        _statistics.frozen = before
+    return _update.set_to(0.0, 0)
 
 
-@contextmanager
-def micro_batch(index: int, *, count: int) -> Iterator[None]:
+def micro_batch(index: int, *, count: int) -> AbstractContextManager[None]:
     """While active, forward passes see micro-batch `index` of the `count` that make up a step.
 
     The `count` updates of the running statistics then amount to one with the micro-batches'
     average: micro-batch i gets weight m / (count - (count - 1 - i)·m) instead of the momentum m,
     which leaves m / count to each and 1 - m to the past. `num_batches_tracked` counts steps.
     """
-    before = _statistics.micro_index, _statistics.micro_count
-    _statistics.micro_index, _statistics.micro_count = index, count
-    try:
-        yield
-    finally:
-        _statistics.micro_index, _statistics.micro_count = before
+    return _update.set_to(MOMENTUM / (count - (count - 1 - index) * MOMENTUM), int(index == 0))
 
 
 class BatchNorm(nn.Module):
@@ -134,10 +145,9 @@ class BatchNorm(nn.Module):
     num_batches_tracked: Tensor
     process_group: "distributed.ProcessGroup | None" = None
 
-    def __init__(self, width: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.momentum = momentum
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
         self.register_buffer("running_mean", torch.empty(width))
@@ -168,46 +178,35 @@ class BatchNorm(nn.Module):
         if not self.training:
             scale = weight * torch.rsqrt(self.running_var + self.eps)
             return (x * scale + (bias - self.running_mean * scale)).to(x.dtype)
-        update = self._update_weight()
-        if self.process_group is not None:
-            return self._synchronised(x, weight, bias, update)
+        if self.process_group is None:
+            normed, mean, variance = self._local(x, weight, bias)
+        else:
+            normed, mean, variance = _SynchronisedNorm.apply(
+                x, weight, bias, self.eps, self.process_group
+            )
+        self._move(mean, variance)
+        return normed
+
+    def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised map, the mean and the unbiased variance."""
         if x.numel() == x.shape[-1]:
             raise ModelError(
                 f"BatchNorm over {x.shape[-1]} channels got one value per channel (batch size 1 "
                 "on a 1x1 map); train with a larger batch or synchronise it over processes"
             )
+        # Momentum 1 makes torch hand over the statistics of this batch.
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         normed = F.batch_norm(
-            x.permute(0, 3, 1, 2),
-            None if update is None else self.running_mean,
-            None if update is None else self.running_var,
-            weight,
-            bias,
-            training=True,
-            momentum=update or 0.0,
-            eps=self.eps,
+            x.permute(0, 3, 1, 2), mean, variance, weight, bias, True, momentum=1.0, eps=self.eps
         )
-        return normed.permute(0, 2, 3, 1)
+        return normed.permute(0, 2, 3, 1), mean, variance
 
-    def _update_weight(self) -> float | None:
-        """The weight of this batch in the running statistics; None if they must not move."""
-        if _statistics.frozen:
-            return None
-        index, count = _statistics.micro_index, _statistics.micro_count
-        if index == 0:
-            self.num_batches_tracked += 1
-        return self.momentum / (count - (count - 1 - index) * self.momentum)
-
-    def _synchronised(
-        self, x: Tensor, weight: Tensor, bias: Tensor, update: float | None
-    ) -> Tensor:
-        normed, mean, variance, count = _SynchronisedNorm.apply(
-            x, weight, bias, self.eps, self.process_group
-        )
-        if update is not None:
-            unbiased = variance * (count / (count - 1).clamp_min(1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), update)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), update)
-        return cast(Tensor, normed)
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor) -> None:
+        weight, steps = _update.current()
+        self.running_mean += (mean - self.running_mean) * weight
+        self.running_var += (variance - self.running_var) * weight
+        self.num_batches_tracked += steps
 
 
 class _SynchronisedNorm(torch.autograd.Function):
@@ -224,7 +223,7 @@ class _SynchronisedNorm(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         group: "distributed.ProcessGroup",
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         values = widen(x).flatten(0, -2)
         variance, mean = torch.var_mean(values, dim=0, correction=0)
         mean, variance = mean.double(), variance.double()
@@ -239,8 +238,10 @@ class _SynchronisedNorm(torch.autograd.Function):
         ctx.group = group
         scale = weight * inverse.to(values.dtype)
         normed = (values - mean.to(values.dtype)) * scale + bias
-        ctx.mark_non_differentiable(mean, variance, count)
-        return normed.view_as(x).to(x.dtype), mean, variance, count
+        unbiased = variance * (count / (count - 1).clamp_min(1))
+        mean, unbiased = mean.to(values.dtype), unbiased.to(values.dtype)
+        ctx.mark_non_differentiable(mean, unbiased)
+        return normed.view_as(x).to(x.dtype), mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -294,6 +294,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         augment=augment,
         global_batch=config.train.batch_size,
         micro_batches=config.train.accumulate,
+        repeats=data.repeats,
         seed=config.train.seed,
         num_workers=data.num_workers,
         prefetch=data.prefetch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ class DDPBackend(TorchBackend):
 
     def wrap(self, model: Backbone) -> nn.Module:
         """See TorchBackend.wrap."""
+        # A depthwise weight's gradient comes with strides that differ where a size is 1: harmless.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         # BatchNorm keeps its own statistics equal on all ranks.
         self._ddp = DistributedDataParallel(model, forward_sync_buffers=False)
         return self._ddp
