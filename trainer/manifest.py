@@ -40,6 +40,12 @@ class Manifest:
     files: tuple[FileRecord, ...]
     record: dict[str, Any]
 
+    def to_json(self) -> str:
+        """Return the JSON text, which carries its own hash."""
+        values = asdict(self)
+        digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        return json.dumps({"sha256": digest, **values}, indent=1)
+
 
 def describe(path: Path) -> FileRecord:
     """Hash one file."""
@@ -65,7 +71,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
         Fenced: if a newer start of the run has begun.
     """
     staged = staging_folder(root, manifest.step, manifest.generation)
-    write_atomically(staged / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    write_atomically(staged / MANIFEST, manifest.to_json())
     check_generation(root, manifest.generation)
     final = step_folder(root, manifest.step)
     if final.exists():
@@ -86,16 +92,21 @@ def read(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
     Raises:
-        ValueError: if it is missing or not a manifest.
+        ValueError: if it is missing, not a manifest, or altered.
     """
     try:
-        values = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text()
+        values = json.loads(text)
+        del values["sha256"]
         values["files"] = tuple(FileRecord(**record) for record in values["files"])
-        return Manifest(**values)
+        found = Manifest(**values)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    if found.to_json() != text:
+        raise ValueError(f"{folder / MANIFEST} does not match its hash")
+    return found
 
 
 def problems(folder: Path, files: Iterable[FileRecord]) -> Iterator[str]:
