@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TextIO
 
 from launcher.process import Failure, Process, open_log
 
@@ -34,15 +33,16 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     console = open_log(Path(config.run_dir), process.rank)
-    failure = run(config, process, console)
+    failure = run(config, process)
     if failure is None:
         return DONE
     failure.leave(Path(config.run_dir))
-    print(f"error: {failure.message}", file=console, flush=True)
+    word = "stopped" if failure.code == REQUEUE else "error"
+    print(f"{word}: {failure.message}", file=console, flush=True)
     return failure.code
 
 
-def run(config: RunConfig, process: Process, console: TextIO) -> Failure | None:
+def run(config: RunConfig, process: Process) -> Failure | None:
     """Train; return why it ended before the last step, or None if it did not."""
     from data.base import DataError
     from models.base import ModelError
@@ -50,7 +50,7 @@ def run(config: RunConfig, process: Process, console: TextIO) -> Failure | None:
     from .loop import BadNumericsError, Trainer
 
     try:
-        trainer = Trainer(config, process, console)
+        trainer = Trainer(config, process)
         if trainer.run():
             return None
         code, message = REQUEUE, f"step {trainer.state.step} is saved: start the run again to go on"

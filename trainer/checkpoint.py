@@ -45,7 +45,10 @@ class Checkpointer:
         self.root = root
         self.group = group
         self.keep_last = keep_last
-        self.generation = self._on_first(lambda: manifest.begin_generation(root))
+        try:
+            self.generation = self._on_first(lambda: manifest.begin_generation(root))
+        except OSError as error:
+            raise UserError(f"cannot write to {root}: {error.strerror}") from None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -106,8 +109,8 @@ class Checkpointer:
 
     def _write(self, state: State, step: int, record: dict[str, Any], keep: int | None) -> None:
         staged = manifest.staging_folder(self.root, step, self.generation)
-        self._on_first(lambda: staged.mkdir(parents=True, exist_ok=True))
         try:
+            self._on_first(lambda: self._open(staged))
             distributed_save(
                 state,
                 storage_writer=HuggingFaceStorageWriter(str(staged), save_distributed=True),
@@ -115,30 +118,48 @@ class Checkpointer:
             )
             files = self._describe_all(staged)
             self._on_first(lambda: self._commit(step, record, files, keep))
-        except (CheckpointException, UserError) as error:
-            self._on_first(lambda: shutil.rmtree(staged, ignore_errors=True))
-            reason = _reason(error) if isinstance(error, CheckpointException) else str(error)
+        except (CheckpointException, OSError, Fenced) as error:
+            self._on_first(lambda: self._give_up(staged))
             raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.root}: {reason}; "
-                "older checkpoints are intact: make room and start the run again"
+                f"the checkpoint of step {step} could not be written to {self.root}: "
+                f"{_reason(error)}; older checkpoints are intact: make room and start the run again"
             ) from None
 
+    def _open(self, staged: Path) -> None:
+        manifest.check_generation(self.root, self.generation)
+        staged.mkdir(parents=True, exist_ok=True)
+
+    def _give_up(self, staged: Path) -> None:
+        """Clear the staged files away; a newer start may have done so, which is then the cause."""
+        shutil.rmtree(staged, ignore_errors=True)
+        manifest.check_generation(self.root, self.generation)
+
     def _describe_all(self, staged: Path) -> list[FileRecord]:
-        """Hash this rank's file and return every rank's records."""
-        mine = sorted(staged.glob(f"shard-{self.group.rank() + 1:05d}-*"))
-        gathered: list[list[FileRecord]] = [[] for _ in range(self.group.size())]
-        dist.all_gather_object(gathered, [manifest.describe(path) for path in mine], self.group)
+        """Hash this rank's file and return every rank's records, or raise any rank's OSError."""
+        mine: list[FileRecord] | OSError
+        try:
+            files = sorted(staged.glob(f"shard-{self.group.rank() + 1:05d}-*"))
+            mine = [manifest.describe(path) for path in files]
+        except OSError as error:
+            mine = error
+        gathered: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(gathered, mine, self.group)
+        for answer in gathered:
+            if isinstance(answer, OSError):
+                raise answer
         return [record for records in gathered for record in records]
 
     def _commit(
         self, step: int, record: dict[str, Any], files: list[FileRecord], keep: int | None
     ) -> None:
-        manifest.commit(
+        newest = manifest.commit(
             self.root,
             Manifest(step=step, generation=self.generation, files=tuple(files), record=record),
         )
         spared = {manifest.step_folder(self.root, keep)} if keep is not None else set()
-        for old in manifest.checkpoints(self.root)[: -self.keep_last]:
+        # Later steps are damaged ones that this run was not continued from: they must not count.
+        upto = [path for path in manifest.checkpoints(self.root) if path <= newest]
+        for old in upto[: -self.keep_last]:
             if old not in spared:
                 manifest.remove(old)
 
@@ -151,8 +172,6 @@ class Checkpointer:
             except (OSError, Fenced) as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, group=self.group, group_src=0)
-        if isinstance(outcome[1], OSError):
-            raise UserError(f"cannot write to {self.root}: {outcome[1].strerror}")
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
@@ -182,6 +201,8 @@ def read_state(folder: Path, state: State, *, group: dist.ProcessGroup | None = 
         distributed_load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
-def _reason(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"{getattr(cause, 'strerror', None) or cause} (rank {rank})"
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"{_reason(cause)} (rank {rank})"
+    return getattr(error, "strerror", None) or str(error)

@@ -50,9 +50,9 @@ class DataConfig:
     source: Literal["webdataset", "folder", "synthetic"] = "webdataset"
     """Storage: indexed tar shards, one folder per class, or generated images."""
     train: str = "datasets/imagenet/train"
-    """Folder of the training split (for synthetic: the number of images)."""
+    """Folder of the training split; synthetic takes num_samples=256,num_classes=10,size=32."""
     val: str = "datasets/imagenet/val"
-    """Folder of the evaluation split (for synthetic: the number of images)."""
+    """Folder of the evaluation split; synthetic as above."""
     num_workers: int = 8
     """Decoding threads per process."""
     prefetch: int = 4

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -48,9 +47,9 @@ class BadNumericsError(RuntimeError):
 
 
 class Trainer:
-    """One process of one run. `console` is where rank 0 draws its progress bar."""
+    """One process of one run."""
 
-    def __init__(self, config: RunConfig, process: Process, console: TextIO) -> None:
+    def __init__(self, config: RunConfig, process: Process) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.device = join(process)
@@ -79,7 +78,6 @@ class Trainer:
             total_steps=self.total_steps,
             every=config.log.every,
             batch_size=config.train.batch_size,
-            console=console,
         )
 
     def run(self) -> bool:

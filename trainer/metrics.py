@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,12 +45,11 @@ class MetricLogger:
         total_steps: int,
         every: int,
         batch_size: int,
-        console: TextIO,
     ) -> None:
         self.every = every
         self.batch_size = batch_size
         self.total_steps = total_steps
-        self.sinks = _Sinks(run_dir, step, total_steps, console) if dist.get_rank() == 0 else None
+        self.sinks = _Sinks(run_dir, step, total_steps) if dist.get_rank() == 0 else None
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._data_seconds = 0.0
@@ -135,7 +134,7 @@ class MetricLogger:
 class _Sinks:
     """Where rank 0 writes."""
 
-    def __init__(self, run_dir: Path, step: int, total_steps: int, console: TextIO) -> None:
+    def __init__(self, run_dir: Path, step: int, total_steps: int) -> None:
         # Imported here: it takes seconds, which only the rank that writes should spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -145,8 +144,8 @@ class _Sinks:
             total=total_steps,
             initial=step,
             unit="step",
-            file=console,
-            disable=not console.isatty(),
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
             dynamic_ncols=True,
         )
         self.total_steps = total_steps
@@ -167,9 +166,10 @@ class _Sinks:
             self.board.flush()
 
     def say(self, line: str) -> None:
-        """Print a line without tearing the progress bar."""
+        """Print a line without tearing the progress bar, and to this rank's log."""
         tqdm.write(line)
         sys.stdout.flush()
+        print(line, file=sys.stderr, flush=True)
 
     def _progress(self, step: int, values: dict[str, Any]) -> None:
         before, then = self._last

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def train(rank: int, world_size: int, config: str) -> bool:
         rank=rank, world_size=world_size, local_rank=rank, node=0,
         address="127.0.0.1", port=0, kind="torchrun",
     )  # fmt: skip
-    return Trainer(run_config, place, sys.stderr).run()
+    return Trainer(run_config, place).run()
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
