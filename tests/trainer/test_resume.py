@@ -1,0 +1,63 @@
+"""A run that was killed goes on as if it had not been, on as many processes as it gets next."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher import rundir
+from launcher.local import Workers, launch
+from tests.dist import run_distributed
+from tests.trainer.runs import lines, losses, tiny_config, train
+from trainer import manifest
+
+
+@pytest.mark.slow
+def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = rundir.prepare(tiny_config(tmp_path / "whole"))
+    assert launch(whole, num_processes=2) == 0
+    killed = rundir.prepare(tiny_config(tmp_path / "killed"))
+    checkpoints = killed / "checkpoints"
+    with Workers(killed, num_processes=2) as workers:
+        while not manifest.checkpoints(checkpoints):
+            assert workers.running(seconds=0.02), "it ended before it could be killed"
+        workers.kill()
+    assert launch(killed, num_processes=2) == 0
+
+    starts = [line["step"] for line in lines(killed, "start")]
+    assert starts[0] == 0
+    assert starts[1] in (5, 10, 15), "it went on from a checkpoint in the middle"
+    assert losses(killed) == losses(whole)
+    assert _hashes(killed) == _hashes(whole), "weights, moments, buffers and average"
+
+
+@pytest.mark.slow
+def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
+    arguments = ["--model.name", "transxnet_pico"]  # its BatchNorm buffers travel too
+    before = tmp_path / "before"
+    run_distributed(train, 2, tiny_config(before, *arguments).to_json(), timeout=300)
+    for world_size, backend in ((1, "ddp"), (3, "fsdp")):
+        after = tmp_path / f"after on {world_size}"
+        for name in ("step_0000000005", "generation"):
+            _copy(before / "checkpoints" / name, after / "checkpoints" / name)
+        config = tiny_config(after, *arguments, "--backend.name", backend)
+        run_distributed(train, world_size, config.to_json(), timeout=300)
+        went_on = losses(after)
+        assert sorted(went_on) == list(range(6, 21))
+        expected = {step: loss for step, loss in losses(before).items() if step > 5}
+        assert went_on == pytest.approx(expected, abs=1e-4)
+
+
+def _hashes(run_dir: Path) -> set[tuple[str, str]]:
+    newest = manifest.checkpoints(run_dir / "checkpoints")[-1]
+    return {(record.name, record.sha256) for record in manifest.read(newest).files}
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
