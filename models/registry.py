@@ -6,17 +6,19 @@ Invariant: a name fixes everything but input size, pretraining size, drop path a
 from difflib import get_close_matches
 from typing import TypedDict
 
+import torch
+
 from .base import Backbone, ModelError
 from .transnext import PositionMode, TransNeXt, TransNeXtConfig
 from .transxnet import TransXNet, TransXNetConfig
 
 MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
     "transnext_pico": TransNeXtConfig(
-        widths=(32, 64, 96, 128),
+        widths=(24, 48, 96, 96),
         depths=(1, 2, 2, 1),
-        heads=(2, 4, 6, 8),
-        mlp_ratios=(4, 4, 4, 3),
-        sr_ratios=(4, 2, 2, 1),
+        heads=(1, 2, 4, 4),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(4, 2, 1, 1),
         stem_stride=2,
         drop_path=0.0,
     ),
@@ -44,9 +46,11 @@ MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
         depths=(1, 2, 2, 1),
         groups=(2, 2, 2, 2),
         heads=(1, 2, 3, 4),
-        sr_ratios=(4, 2, 2, 1),
-        kernel=5,
+        mlp_ratios=(4, 4, 3, 2),
+        sr_ratios=(4, 2, 1, 1),
+        kernel=3,
         stem_stride=2,
+        layer_scale=0.1,
         drop_path=0.0,
         pretrain_size=32,
     ),
@@ -89,8 +93,8 @@ def build(
     """Build the backbone `name` for images of `img_size` (a side, or height and width).
 
     The options are explained at `TransNeXt` and `TransXNet`; `fixed_pool_size` and `position_mode`
-    are TransNeXt's alone. `drop_path` None means the published rate. The weights are initialised,
-    except on the meta device, where `to_empty`, `init_weights` and `reset_buffers` follow.
+    are TransNeXt's alone. `drop_path` None means the published rate. The model is initialised on
+    the default device; on the meta device `to_empty`, `init_weights` and `reset_buffers` follow.
     Raises ModelError for an unknown name and for options that do not fit the model.
     """
     if name not in MODELS:
@@ -103,21 +107,23 @@ def build(
         "drop_path": config.drop_path if drop_path is None else drop_path,
         "num_classes": num_classes,
     }
-    model: Backbone
-    if isinstance(config, TransNeXtConfig):
-        model = TransNeXt(
-            config, fixed_pool_size=fixed_pool_size, position_mode=position_mode, **shared
+    own = {"fixed_pool_size": fixed_pool_size, "position_mode": position_mode}
+    given = [f"{option} (got {value!r})" for option, value in own.items() if value is not None]
+    if given and isinstance(config, TransXNetConfig):
+        raise ModelError(f"{name} has no {' and no '.join(given)}; leave it out")
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model: Backbone = (
+            TransXNet(config, **shared)
+            if isinstance(config, TransXNetConfig)
+            else TransNeXt(
+                config, fixed_pool_size=fixed_pool_size, position_mode=position_mode, **shared
+            )
         )
-    else:
-        for option, value in (
-            ("fixed_pool_size", fixed_pool_size),
-            ("position_mode", position_mode),
-        ):
-            if value is not None:
-                raise ModelError(f"{name} has no {option} (got {value!r}); leave it out")
-        model = TransXNet(config, **shared)
-    if not next(model.parameters()).is_meta:
+    if device.type != "meta":
+        model.to_empty(device=device)
         model.init_weights()
+        model.reset_buffers(model.size)
     return model
 
 
