@@ -119,15 +119,15 @@ def demo() -> RunConfig:
             train="datasets/cifar10/train",
             val="datasets/cifar10/val",
             num_workers=1,
-            crop_scale=(0.4, 1.0),
+            crop_scale=(0.7, 1.0),
             interpolation="bilinear",
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
         ),
         train=TrainConfig(
-            epochs=8, batch_size=128, precision="fp32", label_smoothing=0.1, ema_decay=0.998
+            epochs=4, batch_size=128, precision="fp32", label_smoothing=0.1, ema_decay=0.998
         ),
-        optim=OptimConfig(lr=2e-3, warmup_epochs=0.5, clip_grad=1.0),
+        optim=OptimConfig(lr=3e-3, warmup_epochs=0.2, clip_grad=1.0),
         backend=BackendConfig(name="fsdp"),
         eval=EvalConfig(batch_size=500, crop_pct=1.0),
         checkpoint=CheckpointConfig(every=100, keep_last=2),
