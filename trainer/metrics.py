@@ -121,7 +121,7 @@ class MetricLogger:
     def images(self, step: int, images: Tensor) -> None:
         """Show inputs uint8 [N, H, W, 3] in TensorBoard, as a grid."""
         if self.sinks is not None:
-            self.sinks.board.add_image("inputs", _grid(images), step, dataformats="HWC")
+            self.sinks.board.add_image("train/inputs", _grid(images), step, dataformats="HWC")
             self.sinks.board.flush()
 
     def close(self) -> None:
@@ -155,14 +155,13 @@ class _Sinks:
         line = {"kind": kind, "step": step, "time": time.time(), **values}
         self.jsonl.write(json.dumps(line) + "\n")
         self.jsonl.flush()
-        for name, value in values.items():
-            if isinstance(value, float):
+        if kind in ("train", "eval"):
+            for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
         if kind == "train":
             self._progress(step, values)
         else:
             self.say(f"{kind:<5} step {step:>7}  {_spell(values)}")
-        if kind != "train":
             self.board.flush()
 
     def say(self, line: str) -> None:
