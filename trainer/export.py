@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def _checkpoint_in(source: Path) -> Path:
     except ValueError as error:
         wrong = [str(error)]
     if wrong:
-        raise UserError(f"not a whole checkpoint: {wrong[0]}")
+        raise UserError(f"{source} is neither a run folder nor a whole checkpoint: {wrong[0]}")
     return source
 
 
@@ -109,16 +110,21 @@ def export_timm(source: Exportable, out: Path) -> None:
     It appears under its name only when it is complete and reproduces its own logits.
 
     Raises:
-        UserError: if `out` exists and is not empty, or the bundle does not verify.
+        UserError: if `out` is in the way or cannot be written, or the bundle does not verify.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: remove it, or give another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder: remove it, or give another --out")
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write_timm(source, part)
-    verify(part)
-    part.replace(out)
+    try:
+        part.mkdir(parents=True)
+        _write_timm(source, part)
+        verify(part)
+        part.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_timm(source: Exportable, out: Path) -> None:

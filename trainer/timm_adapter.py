@@ -87,13 +87,15 @@ def _stage_indices(indices: int | list[int] | tuple[int, ...] | None) -> list[in
     return [index % 4 for index in indices]
 
 
-def register_backbone(name: str, family: Callable[..., nn.Module], cfg: dict[str, Any]) -> None:
+def register_backbone(name: str, family: Callable[..., Backbone], cfg: dict[str, Any]) -> None:
     """Register a timm entry point `name` that builds `family(…)`; `cfg` is timm's description."""
 
     def construct(in_chans: int = 3, **options: Any) -> nn.Module:
         if in_chans != 3:
             raise ModelError(f"in_chans is {in_chans}: {name} takes images of 3 channels")
-        return family(**options)
+        model = family(**options)
+        model.init_weights()
+        return model
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         size = options.pop("img_size", None) or tuple(cfg["input_size"][1:])
