@@ -78,6 +78,10 @@ class Backbone(nn.Module, ABC):
     def classify(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] from the last stage's output [B, C, H, W]."""
 
+    @abstractmethod
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the linear head by a fresh one; 0 classes leave the pooled features."""
+
     def forward_features(self, x: Tensor, drop_noise: Tensor | None = None) -> list[Tensor]:
         """The four stage outputs [B, C_i, H_i, W_i] of images `x` [B, 3, H, W].
 
@@ -102,6 +106,11 @@ class Backbone(nn.Module, ABC):
     def num_blocks(self) -> int:
         """The number of residual blocks."""
         return len(self.drop_path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     def _noise(self, x: Tensor, drop_noise: Tensor | None) -> Tensor | None:
         if not self.training or max(self.drop_path) == 0:

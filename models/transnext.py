@@ -237,7 +237,7 @@ class TransNeXt(Backbone):
         rates = iter(self.drop_path)
         for stage in range(4):
             self._add_stage(stage, [next(rates) for _ in range(config.depths[stage])])
-        self.head = nn.Linear(config.widths[3], num_classes)
+        self.head: nn.Module = nn.Linear(config.widths[3], num_classes)
         self.feature_info = [
             {
                 "num_chs": width,
@@ -302,12 +302,22 @@ class TransNeXt(Backbone):
         logits: Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head; see `Backbone.reset_classifier`."""
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(
+                self.config.widths[3], num_classes, device=self.norm4.weight.device
+            )
+            _init_linear(self.head)
+
     def reset_buffers(self, size: Pair) -> None:
         """Fit the geometry of every stage to inputs of `size`; see `Backbone.reset_buffers`."""
         self._plans = [self._plan(stage, size) for stage in range(4)]
         self.size = size
         for stage, plan in enumerate(self._plans, start=1):
-            geometry = stage_geometry(plan, device=self.head.weight.device)
+            geometry = stage_geometry(plan, device=self.device)
             for name in BUFFERS:
                 self.register_buffer(f"{name}{stage}", getattr(geometry, name), persistent=False)
 
@@ -356,8 +366,7 @@ class TransNeXt(Backbone):
         """Published: linear N(0, 0.02), convolutions He by fan-out, temperature 1/0.24."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                _init_linear(module)
             elif isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -366,6 +375,11 @@ class TransNeXt(Backbone):
                 module.reset_parameters()
             elif isinstance(module, Attention | AggregatedAttention):
                 _init_attention(module)
+
+
+def _init_linear(module: nn.Linear) -> None:
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    nn.init.zeros_(module.bias)
 
 
 def _init_attention(module: Attention | AggregatedAttention) -> None:

@@ -333,6 +333,16 @@ class TransXNet(Backbone):
         logits: Tensor = head(norm(x.permute(0, 2, 3, 1)).mean(dim=(1, 2)))
         return logits
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head, keeping its norm; see `Backbone.reset_classifier`."""
+        self.num_classes = num_classes
+        self.classifier[2] = nn.Identity()
+        if num_classes > 0:
+            head = Pointwise(self.config.widths[3], num_classes)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.get_parameter("bias"))
+            self.classifier[2] = head.to(self.device)
+
     def reset_buffers(self, size: Pair) -> None:
         """Accept inputs of `size`; the position tables are parameters, resized on the fly."""
         self.size = size
