@@ -307,10 +307,9 @@ class TransNeXt(Backbone):
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = nn.Linear(
-                self.config.widths[3], num_classes, device=self.norm4.weight.device
-            )
-            _init_linear(self.head)
+            head = nn.Linear(self.config.widths[3], num_classes, device=self.device)
+            _init_linear(head)
+            self.head = head
 
     def reset_buffers(self, size: Pair) -> None:
         """Fit the geometry of every stage to inputs of `size`; see `Backbone.reset_buffers`."""
