@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from models import build
+from models.base import Backbone
 
 GOLDEN = Path(__file__).parent / "golden"
 SEED = 1
@@ -16,12 +19,15 @@ SEED = 1
 
 def stream(name: str, count: int) -> np.ndarray:
     """`count` float64 numbers in [-1, 1) that depend on the name and SEED only."""
-    mask = np.uint64(0xFFFFFFFF)
     start = (zlib.crc32(name.encode()) + 0x85EBCA6B * SEED) % 2**32
-    x = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B9) + np.uint64(start)) & mask
-    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & mask
-    x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & mask
-    return (x ^ (x >> np.uint64(16))).astype(np.float64) / 2**31 - 1
+    x = np.arange(1, count + 1, dtype=np.uint32)  # arithmetic wraps around at 2^32
+    x *= np.uint32(0x9E3779B9)
+    x += np.uint32(start)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    return x / 2**31 - 1
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -35,29 +41,34 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         "learnable_bias",
     )
     rules = [
-        (last == "running_var", 1 + 0.5 * z),
-        (last == "running_mean", 0.1 * z),
-        (last == "temperature", 4.15 + 0.5 * z),
-        (last in embeddings, 0.2 * z),
-        (name.startswith("relative_pos_enc."), 0.5 * z),
-        (name.endswith("local_unit.weight"), 0.25 * z),
-        (".layer_scale_" in name and last == "weight", 0.5 + 0.25 * z),
-        (last == "bias", 0.1 * z),
-        (len(shape) == 1, 1 + 0.2 * z),
+        (last == "running_var", 1, 0.5),
+        (last == "running_mean", 0, 0.1),
+        (last == "temperature", 4.15, 0.5),
+        (last in embeddings, 0, 0.2),
+        (name.startswith("relative_pos_enc."), 0, 0.5),
+        (name.endswith("local_unit.weight"), 0, 0.25),
+        (".layer_scale_" in name and last == "weight", 0.5, 0.25),
+        (last == "bias", 0, 0.1),
+        (len(shape) == 1, 1, 0.2),
+        (True, 0, math.sqrt(3 / max(math.prod(shape[1:]), 1))),
     ]
-    fallback = z * math.sqrt(3 / max(math.prod(shape[1:]), 1))
-    return next((value for holds, value in rules if holds), fallback)
+    return next(offset + scale * z for holds, offset, scale in rules if holds)
 
 
-def fill(model: nn.Module) -> None:
-    """Load the golden weights into `model`, strictly."""
-    state = model.state_dict()
-    for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = torch.from_numpy(weight(name, tuple(value.shape)).astype(np.float32))
-        else:
-            state[name] = torch.zeros_like(value)
+def golden_model(name: str, **options: Any) -> Backbone:
+    """Build a model with the golden weights, loaded strictly."""
+    with torch.device("meta"):
+        model = build(name, **options)
+    state = {
+        key: torch.from_numpy(weight(key, tuple(value.shape)).astype(np.float32))
+        if value.is_floating_point()
+        else torch.zeros(value.shape, dtype=value.dtype)
+        for key, value in model.state_dict().items()
+    }
+    model.to_empty(device="cpu")
     model.load_state_dict(state, strict=True)
+    model.reset_buffers(model.size)
+    return model
 
 
 def images(batch: int, size: tuple[int, int]) -> Tensor:

@@ -5,12 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import build
 from tests.models.golden_stream import (
     arrays,
     deviation,
     document,
-    fill,
+    golden_model,
     images,
     labels,
     stream,
@@ -34,7 +33,6 @@ def logits_tolerance(name):
 
 def check_eval(model, name, tag, *, batch, size, logits=True):
     reference = arrays(name)
-    fill(model)
     model.eval()
     with torch.no_grad():
         stages = model.forward_features(images(batch, size))
@@ -54,7 +52,7 @@ def test_stream():
 @pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA", *TRANSXNET]))
 def test_names(name):
     with torch.device("meta"):
-        model = build(name, img_size=256, pretrain_size=224)
+        model = golden_model(name, img_size=256, pretrain_size=224)
     names = document(f"{name}.names.json")
     assert [(n, list(p.shape)) for n, p in model.named_parameters()] == list(
         names["params"].items()
@@ -66,29 +64,29 @@ def test_names(name):
 
 @pytest.mark.parametrize("name", each([*TRANSNEXT, *TRANSXNET]))
 def test_eval(name):
-    check_eval(build(name), name, "eval224", batch=2, size=(224, 224))
+    check_eval(golden_model(name), name, "eval224", batch=2, size=(224, 224))
 
 
 @pytest.mark.parametrize("name", each([*TRANSNEXT, *TRANSXNET]))
 def test_eval_384(name):
-    model = build(name, img_size=384, pretrain_size=224)
+    model = golden_model(name, img_size=384, pretrain_size=224)
     check_eval(model, name, "eval384", batch=1, size=(384, 384))
 
 
 @pytest.mark.parametrize("name", each(TRANSXNET))
 def test_eval_not_square(name):
-    model = build(name, img_size=(256, 192))
+    model = golden_model(name, img_size=(256, 192))
     check_eval(model, name, "eval256x192", batch=1, size=(256, 192))
 
 
 @pytest.mark.parametrize("name", ["transnext_micro", "transnext_tiny"])
 def test_eval_fixed_pool(name):
-    model = build(name, img_size=384, pretrain_size=224, fixed_pool_size=7)
+    model = golden_model(name, img_size=384, pretrain_size=224, fixed_pool_size=7)
     check_eval(model, name, "eval384_pool7", batch=1, size=(384, 384))
 
 
 def test_eval_aggregated_everywhere():
-    model = build("transnext_micro_AAAA", img_size=256)
+    model = golden_model("transnext_micro_AAAA", img_size=256)
     check_eval(model, "transnext_micro_AAAA", "eval256", batch=2, size=(256, 256))
 
 
@@ -98,14 +96,14 @@ def test_eval_aggregated_everywhere():
     [("extrapolate", "dense256x192_extrap"), ("interpolate", "dense256x192_interp224")],
 )
 def test_dense(name, mode, tag):
-    model = build(name, position_mode=mode)
+    model = golden_model(name, position_mode=mode)
     model.reset_buffers((256, 192))
     check_eval(model, name, tag, batch=1, size=(256, 192), logits=False)
 
 
 @pytest.mark.parametrize("size", [224, 384])
 def test_coordinates(size):
-    model = build("transnext_micro", img_size=size, pretrain_size=224)
+    model = golden_model("transnext_micro", img_size=size, pretrain_size=224)
     for stage in range(1, 5):
         geometry = model.geometry(stage)
         rows, columns = geometry.features(torch.float32)
@@ -117,8 +115,7 @@ def test_coordinates(size):
 @pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA", *TRANSXNET]))
 def test_training_pass(name):
     reference, info = arrays(name), document(f"{name}.info.json")
-    model = build(name, img_size=info["base"], drop_path=0.0).train()
-    fill(model)
+    model = golden_model(name, img_size=info["base"], drop_path=0.0).train()
     batch = info["train_batch"]
     logits = model(images(batch, (info["base"], info["base"])))
     loss = F.cross_entropy(logits, labels(batch))

@@ -1,0 +1,100 @@
+"""Signals: one rank is told, all leave after the same step, and the run goes on when started."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from launcher.local import REQUEUE, python_environment
+from tests.dist import run_distributed
+from tests.trainer.runs import TINY, lines
+from trainer import manifest
+from trainer.signals import Signals
+
+ROOT = Path(__file__).parents[2]
+TOLD_AT = 3
+
+
+def leave_when_told(rank, world_size):
+    """Count steps until the ranks agree to stop, twice; only the last rank gets a signal."""
+    signals = Signals(dist.new_group(backend="gloo"))
+    steps = []
+    for number in (signal.SIGUSR1, None):
+        step = 0
+        while not signals.agree() and step < 20:
+            step += 1
+            if step == TOLD_AT and rank == world_size - 1 and number is not None:
+                os.kill(os.getpid(), number)
+        steps.append(step)
+    signals.settle()
+    signals.settle()  # nothing is under way any more
+    return {"steps": steps, "received": signals.received}
+
+
+def test_all_ranks_leave_after_the_same_step():
+    answers = run_distributed(leave_when_told, 2)
+    assert [answer["received"] for answer in answers] == [None, "SIGUSR1"]
+    first, second = (answer["steps"] for answer in answers)
+    assert first == second
+    # The vote that a step reads was cast one step before.
+    assert first[0] == TOLD_AT + 1
+    assert first[1] == 0, "who was told stays told"
+
+
+def start(run_dir):
+    arguments = (
+        *("--nproc", "2", *TINY, "--run-dir", str(run_dir), "--train.epochs", "12"),
+        *("--checkpoint.every", "1000", "--eval.every-epochs", "100"),
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", "pretrain", "demo", *arguments],
+        env=python_environment(ROOT),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_a_step(process):
+    """Read what rank 0 prints until a training step of this start is reported."""
+    for line in process.stdout:
+        if line.startswith("train step"):
+            return
+    pytest.fail(process.stderr.read())
+
+
+def worker(process, rank):
+    """The process of a rank: torchrun is the launcher's child, the workers are torchrun's."""
+    (torchrun,) = psutil.Process(process.pid).children()
+    return next(c for c in torchrun.children() if c.environ()["RANK"] == str(rank))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_when_started_again(tmp_path):
+    run_dir = tmp_path / "run"
+    saved = [0]
+    for tell in (
+        lambda process: worker(process, 1).send_signal(signal.SIGUSR1),
+        lambda process: process.send_signal(signal.SIGTERM),
+    ):
+        with start(run_dir) as process:
+            wait_for_a_step(process)
+            tell(process)
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == REQUEUE, said
+        newest, skipped = manifest.newest_good(run_dir / "checkpoints")
+        assert skipped == []
+        saved.append(manifest.read(newest).step)
+        assert f"stopped: step {saved[-1]} is saved: start the run again to go on\n" in said
+        assert lines(run_dir, "stop")[-1]["step"] == saved[-1]
+    with start(run_dir) as process:
+        _, said = process.communicate(timeout=240)
+    assert (process.returncode, said) == (0, "")
+    assert [line["step"] for line in lines(run_dir, "start")] == saved
+    assert saved == sorted(set(saved)), "every start got further"
+    total = lines(run_dir, "start")[0]["steps"]
+    assert [line["step"] for line in lines(run_dir, "end")] == [total]
+    assert [line["step"] for line in lines(run_dir, "train")] == list(range(1, total + 1))
