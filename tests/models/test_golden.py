@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models import build
 from tests.models.golden_stream import (
     arrays,
     deviation,
@@ -52,7 +53,7 @@ def test_stream():
 @pytest.mark.parametrize("name", each([*TRANSNEXT, "transnext_micro_AAAA", *TRANSXNET]))
 def test_names(name):
     with torch.device("meta"):
-        model = golden_model(name, img_size=256, pretrain_size=224)
+        model = build(name, img_size=256, pretrain_size=224)
     names = document(f"{name}.names.json")
     assert [(n, list(p.shape)) for n, p in model.named_parameters()] == list(
         names["params"].items()
