@@ -75,6 +75,10 @@ class Backbone(nn.Module, ABC):
         """The four stage outputs [B, C, H, W] of images already checked, noise already drawn."""
 
     @abstractmethod
+    def pool(self, x: Tensor) -> Tensor:
+        """What the linear head sees [B, C] of the last stage's output [B, C, H, W]."""
+
+    @abstractmethod
     def classify(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] from the last stage's output [B, C, H, W]."""
 

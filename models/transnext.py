@@ -297,9 +297,13 @@ class TransNeXt(Backbone):
             outputs.append(x.permute(0, 3, 1, 2))
         return outputs
 
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean over the tokens."""
+        return x.mean(dim=(2, 3))
+
     def classify(self, x: Tensor) -> Tensor:
-        """Mean over the tokens, then the linear head."""
-        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        """Pool, then the linear head."""
+        logits: Tensor = self.head(self.pool(x))
         return logits
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -327,10 +327,14 @@ class TransXNet(Backbone):
             table = F.interpolate(table, shape, mode="bicubic")
         return table[0]
 
+    def pool(self, x: Tensor) -> Tensor:
+        """Norm, then mean over the map."""
+        pooled: Tensor = self.classifier[0](x.permute(0, 2, 3, 1)).mean(dim=(1, 2))
+        return pooled
+
     def classify(self, x: Tensor) -> Tensor:
-        """Norm, mean over the map, linear head."""
-        norm, _, head = self.classifier
-        logits: Tensor = head(norm(x.permute(0, 2, 3, 1)).mean(dim=(1, 2)))
+        """Pool, then the linear head."""
+        logits: Tensor = self.classifier[2](self.pool(x))
         return logits
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -19,8 +19,8 @@ class TimmBackbone(Backbone):
         return self._all_stages(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits [B, num_classes] of the last map, or the mean over its pixels."""
-        return x.mean(dim=(2, 3)) if pre_logits else self.classify(x)
+        """Return logits [B, num_classes] of the last map, or what the classifier sees of it."""
+        return self.pool(x) if pre_logits else self.classify(x)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return logits [B, num_classes] of images [B, 3, H, W]."""
