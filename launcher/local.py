@@ -49,6 +49,7 @@ class Workers:
         self._asked: list[signal.Signals] = []
 
     def __enter__(self) -> Workers:
+        self._log().parent.mkdir(exist_ok=True)
         failure_file(self.run_dir).unlink(missing_ok=True)
         self._handlers = {number: signal.signal(number, self._forward) for number in _FORWARDED}
         with self._log().open("ab") as log:

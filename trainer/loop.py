@@ -20,6 +20,7 @@ from data.mixing import Mixer, MixSpec, normalize
 from data.pipeline import ImagePipeline, eval_batches, open_source
 from data.randomness import drop_noise
 from launcher.process import Process
+from models.layers import micro_batch
 
 from .backends.base import Backend
 from .backends.ddp import DDPBackend
@@ -111,7 +112,8 @@ class Trainer:
         for micro in range(accumulate):
             with self.metrics.waiting_for_data():
                 batch, cursor = next(stream)
-            with self.backend.micro_batch(last=micro == accumulate - 1):
+            last = micro == accumulate - 1
+            with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast():
                     images, targets = self.mix(batch)
                     loss = classification(self.model, images, targets, self._drop_noise(batch))
