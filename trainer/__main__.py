@@ -8,6 +8,7 @@ since torchrun and srun hide the workers' exit codes.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -58,9 +59,11 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         code, message = USER_ERROR, str(error)
     except BadNumericsError as error:
         code, message = BAD_NUMERICS, str(error)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
         code, message = BUG, traceback.format_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code, message = USER_ERROR, f"{config.run_dir}: {error.strerror}: make room, start again"
+        print(message, file=sys.stderr)
     return Failure(rank=process.rank, code=code, message=message)
 
 
