@@ -8,6 +8,7 @@ since torchrun and srun hide the workers' exit codes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -60,11 +61,17 @@ def run(config: RunConfig, process: Process) -> Failure | None:
     except BadNumericsError as error:
         code, message = BAD_NUMERICS, str(error)
     except Exception as error:
-        code, message = BUG, traceback.format_exc()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            code, message = USER_ERROR, f"{config.run_dir}: {error.strerror}: make room, start again"
-        print(message, file=sys.stderr)
+        code, message = explain(error, config.run_dir)
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(message, file=sys.stderr, flush=True)
     return Failure(rank=process.rank, code=code, message=message)
+
+
+def explain(error: Exception, run_dir: str) -> tuple[int, str]:
+    """Return exit code and message of an error nobody raised on purpose: a full disk, or a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return USER_ERROR, f"cannot write to {run_dir}: {error.strerror}; make room and start again"
+    return BUG, traceback.format_exc()
 
 
 def read_config(path: Path) -> RunConfig:
