@@ -63,8 +63,9 @@ class TimmBackbone(Backbone):
         return int(self.feature_info[-1]["num_chs"])
 
     def get_classifier(self) -> nn.Module:
-        """Return the part that holds the classifier."""
-        return self.blocks()[-1].module
+        """Return the linear layer behind the logits."""
+        module = self.blocks()[-1].module
+        return module[-1] if isinstance(module, nn.Sequential) else module
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Refuse: bundles run forward and fine-tune without recomputation."""
