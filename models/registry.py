@@ -14,8 +14,8 @@ from .transxnet import TransXNet, TransXNetConfig
 
 MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
     "transnext_pico": TransNeXtConfig(
-        widths=(24, 48, 96, 96),
-        depths=(1, 2, 2, 1),
+        widths=(16, 48, 96, 96),
+        depths=(1, 1, 2, 1),
         heads=(1, 2, 4, 4),
         mlp_ratios=(4, 4, 4, 4),
         sr_ratios=(4, 2, 1, 1),

@@ -119,7 +119,7 @@ def demo() -> RunConfig:
             train="datasets/cifar10/train",
             val="datasets/cifar10/val",
             num_workers=1,
-            crop_scale=(0.7, 1.0),
+            crop_scale=(0.85, 1.0),
             interpolation="bilinear",
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
