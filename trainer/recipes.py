@@ -125,7 +125,7 @@ def demo() -> RunConfig:
             std=(0.2470, 0.2435, 0.2616),
         ),
         train=TrainConfig(
-            epochs=3, batch_size=128, precision="fp32", label_smoothing=0.1, ema_decay=0.99
+            epochs=2, batch_size=128, precision="fp32", label_smoothing=0.1, ema_decay=0.99
         ),
         optim=OptimConfig(lr=3e-3, warmup_epochs=0.2, clip_grad=1.0),
         backend=BackendConfig(name="fsdp"),
