@@ -39,7 +39,7 @@ $(STAMP):
 	    { echo "error: no Python 3.11 or newer: name one, make PYTHON=/path/to/python3.11"; exit 2; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --editable '.[export,dev]'
+	.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[export,dev]'
 	@$(MAKE) --no-print-directory system
 	@rm -f .venv/setup-*
 	@touch $@
