@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,7 @@ def load(source: Path, *, weights: str | None = None) -> Exportable:
     if weights == "ema" and config.train.ema_decay == 0:
         raise UserError(f"{source} has no averaged weights: use --weights live")
     section = {"ema": "ema", "live": "weight"}[weights]
-    size = config.model.img_size
-    model = build(
-        config.model.name,
-        img_size=size,
-        pretrain_size=config.model.pretrain_size,
-        fixed_pool_size=config.model.fixed_pool_size,
-        drop_path=0.0,
-        num_classes=config.model.num_classes,
-    ).eval()
+    model = build(**asdict(replace(config.model, drop_path=0.0))).eval()
     buffers = {name for name, _ in model.named_buffers()}
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -30,14 +31,7 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> Back
         RuntimeError: if a weight was left uninitialised or is not finite.
     """
     with torch.device("meta"):
-        model = build(
-            config.name,
-            img_size=config.img_size,
-            pretrain_size=config.pretrain_size,
-            fixed_pool_size=config.fixed_pool_size,
-            drop_path=config.drop_path,
-            num_classes=config.num_classes,
-        )
+        model = build(**asdict(config))
     model.to_empty(device=device)
     _fill_with_nan(model)
     torch.manual_seed(seed)
