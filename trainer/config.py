@@ -42,6 +42,11 @@ class ModelConfig:
     num_classes: int = 1000
     """Outputs of the classifier."""
 
+    @property
+    def squash(self) -> bool:
+        """Whether evaluation warps the whole image to the square instead of cropping it."""
+        return self.img_size >= 384
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

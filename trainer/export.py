@@ -148,7 +148,7 @@ def _write_timm(source: Exportable, out: Path) -> None:
 def _timm_cfg(source: Exportable) -> dict[str, Any]:
     config = source.config
     size = config.model.img_size
-    squash = size >= 384
+    squash = config.model.squash
     classifier = [n for n, p in source.model.named_parameters() if p.shape[0] == p.numel()][-1]
     return {
         "input_size": [3, size, size],

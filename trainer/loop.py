@@ -184,7 +184,7 @@ class Trainer:
             EvalSpec(
                 size=self.config.model.img_size,
                 crop_pct=self.config.eval.crop_pct,
-                squash=self.config.model.img_size >= 384,
+                squash=self.config.model.squash,
             ),
             batch_size=-(-self.config.eval.batch_size // world_size),
             shard=self.backend.data_shard,
