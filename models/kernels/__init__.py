@@ -1,11 +1,11 @@
-"""The operators the models call, each with one definition in `eager`.
+"""The operators the models call, each with one definition in `eager` or `eager_conv`.
 
 Invariant: models import operators from here and nowhere else.
 """
 
 from .eager import aggregated_attention as aggregated_attention
-from .eager import conv_glu as conv_glu
 from .eager import cosine_attention as cosine_attention
-from .eager import depthwise_conv as depthwise_conv
-from .eager import dynamic_conv as dynamic_conv
 from .eager import relative_attention as relative_attention
+from .eager_conv import conv_glu as conv_glu
+from .eager_conv import depthwise_conv as depthwise_conv
+from .eager_conv import dynamic_conv as dynamic_conv
