@@ -1,7 +1,7 @@
 """The index of a set of tar shards: where every sample lies, and proof that nothing changed.
 
-Beside each shard `NAME.tar` stands `NAME.idx`: a 32-byte header, then flat little-endian columns
-that are memory-mapped. `manifest.json` lists the shards in canonical order with their sizes and
+Beside each shard `NAME.tar` stands `NAME.idx`: a 32-byte header, then flat little-endian columns,
+32 bytes per sample. `manifest.json` lists the shards in canonical order with their sizes and
 hashes; its own hash is the fingerprint of the data set. Sizes and index hashes are checked when
 a set is opened, shard hashes by `verify`, each sample's CRC when it is read. Invariant: every
 file is written beside and renamed into place, the manifest last.
@@ -150,7 +150,7 @@ def verify(folder: Path, *, progress: Callable[[str], None] = print) -> Manifest
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> Columns:
-    """Check a shard's size and its index's hash, and return the index's columns, memory-mapped.
+    """Check a shard's size and its index's hash, and return the index's columns.
 
     Raises DataError naming the shard and the remedy.
     """
@@ -166,9 +166,10 @@ def check_shard(folder: Path, shard: ShardInfo) -> Columns:
     index = path.with_suffix(".idx")
     if not index.is_file():
         raise DataError(f"{index} is missing; {_rebuild(folder)}")
-    if hash_file(index) != shard.index_sha256:
+    content = index.read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
         raise DataError(f"{index} does not belong to the manifest; {_rebuild(folder)}")
-    return read_index(index)
+    return _parse_index(index, content)
 
 
 def scan(path: Path) -> Columns:
@@ -218,21 +219,6 @@ def write_index(path: Path, columns: Columns) -> ShardInfo:
     )
 
 
-def read_index(path: Path) -> Columns:
-    """Memory-map the columns of an `.idx` file; raises DataError if it is not one."""
-    content = np.memmap(path, np.uint8, mode="r")
-    header = content[: _HEADER.itemsize].view(_HEADER)[0] if len(content) >= 32 else None
-    if header is None or header["magic"] != _MAGIC or header["format"] != _FORMAT:
-        raise DataError(f"{path} is not an index of format {_FORMAT}; {_rebuild(path.parent)}")
-    num_samples, start = int(header["num_samples"]), _HEADER.itemsize
-    columns: Columns = {}
-    for name, dtype in _COLUMNS:
-        end = start + num_samples * np.dtype(dtype).itemsize
-        columns[name] = content[start:end].view(dtype)
-        start = end
-    return columns
-
-
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -247,6 +233,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def _parse_index(path: Path, content: bytes) -> Columns:
+    """Return the columns in the bytes of an `.idx` file; raises DataError if they are not one."""
+    header = np.frombuffer(content, _HEADER, count=1)[0] if len(content) >= 32 else None
+    if header is None or header["magic"] != _MAGIC or header["format"] != _FORMAT:
+        raise DataError(f"{path} is not an index of format {_FORMAT}; {_rebuild(path.parent)}")
+    num_samples, start = int(header["num_samples"]), _HEADER.itemsize
+    columns: Columns = {}
+    for name, dtype in _COLUMNS:
+        columns[name] = np.frombuffer(content, dtype, num_samples, start)
+        start += columns[name].nbytes
+    return columns
 
 
 def member_name(block: bytes) -> str:

@@ -1,13 +1,18 @@
 """Random access to samples in indexed tar shards (the WebDataset layout).
 
-Owns the memory maps of the shards. Invariant: sample ids number the samples shard after shard in
+Owns the open files of the shards. Invariant: sample ids number the samples shard after shard in
 the manifest's order, and a sample whose bytes do not match their CRC is never returned.
+Files are read, not memory-mapped: a map keeps a descriptor for ever, lets nobody else run while a
+page comes in, and kills the process when a file shrinks.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
+import resource
+import weakref
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,8 @@ class TarSource:
     """The `Source` over a folder of tar shards with their manifest.
 
     Opening checks the size of every shard and the hash of every index; reading checks the
-    sample's CRC. Raises DataError naming the shard and the remedy.
+    sample's CRC. Shards are opened when first read, and kept open as far as the process's limit
+    of open files allows. Raises DataError naming the shard and the remedy.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -29,7 +35,7 @@ class TarSource:
         manifest = Manifest.load(self._folder)
         self._shards = manifest.shards
         self._columns: list[Columns] = [check_shard(self._folder, s) for s in manifest.shards]
-        self._maps = [_map_file(self._folder / shard.name) for shard in manifest.shards]
+        self._open = lru_cache(maxsize=_max_open_shards())(_ShardFile)
         counts = [shard.num_samples for shard in manifest.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.fingerprint = manifest.fingerprint
@@ -46,7 +52,7 @@ class TarSource:
         shard, row = self._locate(id)
         columns = self._columns[shard]
         offset = int(columns["offset"][row])
-        image = self._maps[shard][offset : offset + int(columns["size"][row])]
+        image = self._read(shard, offset, int(columns["size"][row]))
         if zlib.crc32(image) != columns["crc32"][row]:
             raise DataError(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
@@ -58,8 +64,15 @@ class TarSource:
         """Return `SHARD:MEMBER (sample id)`."""
         shard, row = self._locate(id)
         offset = int(self._columns[shard]["offset"][row])
-        member = member_name(self._maps[shard][offset - 512 : offset])
+        member = member_name(self._read(shard, offset - 512, 512))
         return f"{self._folder / self._shards[shard].name}:{member} (sample {id})"
+
+    def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        path = self._folder / self._shards[shard].name
+        try:
+            return self._open(path).read(offset, num_bytes)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}); restore it") from error
 
     def _locate(self, id: int) -> tuple[int, int]:
         """Return the shard's index and the row in it."""
@@ -67,6 +80,19 @@ class TarSource:
         return shard, id - int(self._ends[shard] - self._shards[shard].num_samples)
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+class _ShardFile:
+    """A file that any thread may read, closed once nobody refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return `num_bytes` from `offset` on, fewer at the end of the file."""
+        return os.pread(self._descriptor, num_bytes, offset)
+
+
+def _max_open_shards() -> int | None:
+    """A quarter of the open files that the process may have: two sources leave half to others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if limit == resource.RLIM_INFINITY else max(1, limit // 4)

@@ -3,17 +3,22 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
-from data.base import DataError
+from data.base import DataError, Sample
 from data.folder import SyntheticSource
 from data.index import Manifest, build, verify
+from data.pack import pack
 from data.webdataset import TarSource
 
+ROOT = Path(__file__).parents[2]
 IMAGES = SyntheticSource(num_samples=12, num_classes=3, size=8)
 
 
@@ -136,11 +141,38 @@ def test_an_altered_sample_is_named_when_read_and_by_verify(shards):
     offset = (shards / "b.tar").read_bytes().index(source.read(15).image)
     flip_byte(shards / "b.tar", offset + 20)
     source = TarSource(shards)
-    assert source.read(14) == samples()[2][1].__class__(id=14, image=source.read(14).image, label=2)
+    assert source.read(14) == Sample(id=14, image=IMAGES.read(2).image, label=2)
     with pytest.raises(DataError, match=re.escape(f"{shards / 'b.tar'}:0003.png (sample 15) has")):
         source.read(15)
     with pytest.raises(DataError, match=r"b\.tar was altered"):
         verify(shards, progress=lambda _: None)
+
+
+def test_a_shard_that_vanished_is_named_when_read(shards):
+    source = TarSource(shards)
+    (shards / "b.tar").unlink()
+    with pytest.raises(DataError, match=r"b\.tar cannot be read .*restore it"):
+        source.read(15)
+
+
+def test_more_shards_than_a_process_may_open_are_read_by_many_threads(tmp_path):
+    images = SyntheticSource(num_samples=200, size=8)
+    pack(images, tmp_path / "set", samples_per_shard=1, progress=lambda _: None)
+    program = (
+        "import resource, sys; from concurrent.futures import ThreadPoolExecutor;"
+        "from data.webdataset import TarSource;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "source = TarSource(sys.argv[1]); pool = ThreadPoolExecutor(8);"
+        "print(len({s.image for s in pool.map(source.read, [*range(200)] * 3)}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "set")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.stdout, result.stderr) == ("200\n", "")
 
 
 def test_verify_lists_every_bad_shard_and_passes_good_ones(shards):
