@@ -19,11 +19,7 @@ from typing import Any
 
 import psutil
 
-from .process import Failure, failure_file
-
-REQUEUE = 75
-"""Exit code of workers that saved and stopped because a signal asked them to."""
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from .process import REQUEUE, Failure, failure_file, stopping_signals
 
 
 def launch(run_dir: Path, *, num_processes: int) -> int:
@@ -51,7 +47,7 @@ class Workers:
     def __enter__(self) -> Workers:
         self._log().parent.mkdir(exist_ok=True)
         failure_file(self.run_dir).unlink(missing_ok=True)
-        self._handlers = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        self._handlers = {n: signal.signal(n, self._forward) for n in stopping_signals()}
         with self._log().open("ab") as log:
             self._process = subprocess.Popen(
                 worker_command(self.run_dir, num_processes=self.num_processes),

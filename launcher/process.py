@@ -1,4 +1,4 @@
-"""A worker process: its place in the run, its log, and the failure it leaves to be read.
+"""A worker process: its place in the run, what ends it, its log, and the failure it leaves.
 
 The place is a pure function of the environment: nothing is asked of the network, of Slurm or of
 torch, so the answer is the same on a login node, in a test and in a job.
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from trainer.config import UserError
+
+REQUEUE = 75
+"""Exit code of workers that saved and stopped because a signal asked them to."""
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return the signals that ask a run to save and stop, but for those that it is to ignore.
+
+    nohup has HUP ignored, and a shell without job control has INT ignored in the background.
+    """
+    return [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ import sys
 import traceback
 from pathlib import Path
 
-from launcher.process import Failure, Process, open_log
+from launcher.process import REQUEUE, Failure, Process, open_log
 
 from .config import RunConfig, UserError
 
-DONE, BUG, USER_ERROR, REQUEUE, BAD_NUMERICS = 0, 1, 2, 75, 77
+DONE, BUG, USER_ERROR, BAD_NUMERICS = 0, 1, 2, 77
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from launcher.process import stopping_signals
 
 
 class Signals:
@@ -24,7 +24,7 @@ class Signals:
         self.received: str | None = None
         self._vote = torch.zeros(1)
         self._work: dist.Work | None = None
-        for number in STOPPING:
+        for number in stopping_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

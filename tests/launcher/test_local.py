@@ -52,12 +52,15 @@ def run_dir(tmp_path: Path) -> Path:
     return rundir.prepare(override(recipe("demo"), ["--run-dir", str(tmp_path / "run")]))
 
 
-def _start(run_dir: Path, body: str, *, num_processes: int) -> subprocess.Popen[str]:
+def _start(
+    run_dir: Path, body: str, *, num_processes: int, prefix: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     worker = run_dir / "code" / "trainer" / "__main__.py"
     worker.write_text(WORKER + textwrap.dedent(body))
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(run_dir), str(num_processes)],
+        [*prefix, sys.executable, "-c", LAUNCH, str(run_dir), str(num_processes)],
         env=python_environment(rundir.CODE),
+        preexec_fn=heed_every_signal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,13 +129,19 @@ def test_an_old_failure_is_not_read_again(run_dir):
     assert _launch(run_dir, "", num_processes=1) == (0, "hello from 0 1 single\n", "")
 
 
+def heed_every_signal() -> None:
+    """The tests themselves may run under nohup or in the background."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 SAVE_ON_SIGNAL = """
 def save(number, frame):
     Path(run_dir, f"saved_{process.rank}").write_text(signal.Signals(number).name)
     fail(75, "saved at step 8; the same command goes on from there")
 
-signal.signal(signal.SIGINT, save)
-signal.signal(signal.SIGTERM, save)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, save)
 Path(run_dir, f"ready_{process.rank}").touch()
 print("ready", flush=True)
 while True:
@@ -148,7 +157,8 @@ def _wait_until_ready(process: subprocess.Popen[str], run_dir: Path, num_process
 
 
 @pytest.mark.parametrize(
-    ("number", "num_processes"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+    ("number", "num_processes"),
+    [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGUSR1, 2), (signal.SIGINT, 2)],
 )
 def test_a_signal_reaches_the_workers_which_save(run_dir, number, num_processes):
     with _start(run_dir, SAVE_ON_SIGNAL, num_processes=num_processes) as process:
@@ -159,6 +169,16 @@ def test_a_signal_reaches_the_workers_which_save(run_dir, number, num_processes)
     assert err.endswith("stopped: saved at step 8; the same command goes on from there\n")
     for rank in range(num_processes):
         assert (run_dir / f"saved_{rank}").read_text() == number.name
+
+
+def test_a_signal_that_nohup_has_ignored_is_not_passed_on(run_dir):
+    with _start(run_dir, SAVE_ON_SIGNAL, num_processes=1, prefix=("nohup",)) as process:
+        _wait_until_ready(process, run_dir, 1)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (run_dir / "saved_0").read_text() == "SIGTERM"
 
 
 def test_a_second_interrupt_kills_workers_that_do_not_stop(run_dir):

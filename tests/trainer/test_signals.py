@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launcher.local import REQUEUE, python_environment
+from launcher.local import python_environment
+from launcher.process import REQUEUE
 from tests.dist import run_distributed
 from tests.trainer.runs import TINY, lines
 from trainer import manifest
@@ -18,32 +19,42 @@ from trainer.signals import Signals
 
 ROOT = Path(__file__).parents[2]
 TOLD_AT = 3
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def leave_when_told(rank, world_size):
-    """Count steps until the ranks agree to stop, twice; only the last rank gets a signal."""
-    signals = Signals(dist.new_group(backend="gloo"))
-    steps = []
-    for number in (signal.SIGUSR1, None):
-        step = 0
-        while not signals.agree() and step < 20:
-            step += 1
-            if step == TOLD_AT and rank == world_size - 1 and number is not None:
-                os.kill(os.getpid(), number)
-        steps.append(step)
-    signals.settle()
-    signals.settle()  # nothing is under way any more
-    return {"steps": steps, "received": signals.received}
+    """For every signal, count steps until the ranks agree to stop; the last rank gets it."""
+    heed_every_signal()
+    steps, received = [], []
+    for number in ASKING:
+        signals = Signals(dist.new_group(backend="gloo"))
+        for asked in (number, None):
+            step = 0
+            while not signals.agree() and step < 20:
+                step += 1
+                if step == TOLD_AT and rank == world_size - 1 and asked is not None:
+                    os.kill(os.getpid(), asked)
+            steps.append(step)
+        signals.settle()
+        signals.settle()  # nothing is under way any more
+        received.append(signals.received)
+    return {"steps": steps, "received": received}
 
 
 def test_all_ranks_leave_after_the_same_step():
     answers = run_distributed(leave_when_told, 2)
-    assert [answer["received"] for answer in answers] == [None, "SIGUSR1"]
+    told = [number.name for number in ASKING]
+    assert [answer["received"] for answer in answers] == [[None] * len(told), told]
     first, second = (answer["steps"] for answer in answers)
     assert first == second
-    # The vote that a step reads was cast one step before.
-    assert first[0] == TOLD_AT + 1
-    assert first[1] == 0, "who was told stays told"
+    # The vote that a step reads was cast one step before; and who was told stays told.
+    assert first == [TOLD_AT + 1, 0] * len(told)
+
+
+def heed_every_signal():
+    """The tests themselves may run under nohup or in the background."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(run_dir):
@@ -53,7 +64,7 @@ def start(run_dir):
     )
     return subprocess.Popen(
         [sys.executable, "-m", "launcher", "pretrain", "demo", *arguments],
-        env=python_environment(ROOT),
+        env=python_environment(ROOT), preexec_fn=heed_every_signal,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -78,7 +89,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_when_started_again(tmp_pat
     saved = [0]
     for tell in (
         lambda process: worker(process, 1).send_signal(signal.SIGUSR1),
-        lambda process: process.send_signal(signal.SIGTERM),
+        lambda process: process.send_signal(signal.SIGHUP),
     ):
         with start(run_dir) as process:
             wait_for_a_step(process)
