@@ -24,6 +24,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _MAX_PIXELS = 1 << 28  # beyond any photograph: a corrupt header, or a bomb
+_MAX_SIDE = 65_535  # the most that JPEG knows, and an index has room for
 _READERS = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -82,9 +83,10 @@ def _checked(reader: Callable[[io.BytesIO], Image.Image], image: bytes) -> Image
         picture = reader(io.BytesIO(image))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"cannot be decoded ({error}); replace the file") from error
-    if picture.width * picture.height > _MAX_PIXELS:
+    width, height = picture.size
+    if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
         raise DataError(
-            f"claims {picture.width} × {picture.height} pixels, more than {_MAX_PIXELS}; "
-            "replace or remove the file"
+            f"claims {width} × {height} pixels, more than {_MAX_PIXELS} or a side above "
+            f"{_MAX_SIDE}; replace or remove the file"
         )
     return picture

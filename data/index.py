@@ -18,7 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -175,28 +175,35 @@ def check_shard(folder: Path, shard: ShardInfo) -> Columns:
 def scan(path: Path) -> Columns:
     """Read a tar from end to end and return its index columns, in the order of the images.
 
-    Reads what GNU tar, PAX archivers and webdataset's writer produce, uncompressed. Raises
-    DataError naming the tar and the member at fault.
+    Reads what GNU tar, PAX archivers and webdataset's writer produce, uncompressed; hidden files
+    are left out. Raises DataError naming the tar and the member at fault.
     """
     rows: dict[str, tuple[int, ...]] = {}
     labels: dict[str, int] = {}
+    dotted: set[str] = set()
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if not member.isreg():
+                if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 key, _, suffix = _split_name(member.name)
                 if suffix == "cls":
                     _put_once(labels, key, _parse_label(path, archive, member), path, member)
                 elif suffix in IMAGE_SUFFIXES:
                     _put_once(rows, key, _scan_image(path, archive, member), path, member)
+                elif suffix.rpartition(".")[2] in ("cls", *IMAGE_SUFFIXES):
+                    dotted.add(key)  # a further picture of the sample, or a name with a dot
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path} is not a whole tar archive ({error}); {_REWRITE}") from error
     _check_end(path)
-    unpaired = sorted(rows.keys() ^ labels.keys())
-    if unpaired or not rows:
-        what = f"{unpaired[0]!r} lacks its image or its .cls label" if unpaired else "no samples"
-        raise DataError(f"{path}: {what}; {_REWRITE}")
+    unpaired = sorted((rows.keys() ^ labels.keys()) | (dotted - rows.keys()))
+    if unpaired:
+        raise DataError(
+            f"{path}: {unpaired[0]!r} lacks its image or its .cls label (a sample's name ends at "
+            f"the first dot); {_REWRITE}"
+        )
+    if not rows:
+        raise DataError(f"{path}: no samples; {_REWRITE}")
     table = [(*row, labels[key]) for key, row in rows.items()]
     fields = ("key", "offset", "size", "crc32", "width", "height", "label")
     values = dict(zip(fields, zip(*table, strict=True), strict=True))
@@ -270,9 +277,10 @@ def _put_once(
 
 def _parse_label(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     text = _read(archive, member).strip()
-    if not re.fullmatch(rb"\d{1,9}", text):
+    if not re.fullmatch(rb"\d{1,6}", text):  # the manifest names every class up to the highest
         raise DataError(
-            f"{path}: {member.name} holds {text[:20]!r}, not a class number; {_REWRITE}"
+            f"{path}: {member.name} holds {text[:20]!r}, not a class number of at most six "
+            f"digits; {_REWRITE}"
         )
     return int(text)
 

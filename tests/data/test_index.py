@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from data.base import DataError, Sample
-from data.folder import SyntheticSource
+from data.folder import SyntheticSource, encode_png
 from data.index import Manifest, build, verify
 from data.pack import pack
 from data.webdataset import TarSource
@@ -230,15 +230,35 @@ def test_the_fingerprint_changes_with_labels_order_and_class_names(tmp_path):
     assert json.loads((tmp_path / "base" / "manifest.json").read_text())["total"] == 12
 
 
+def test_further_pictures_of_a_sample_and_hidden_files_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("x.png", "x.depth.png", "._x.png", "sub/.x.cls"):
+            add(archive, name, IMAGES.read(0).image)
+        add(archive, "x.cls", b"2")
+        add(archive, "x.coarse.cls", b"1")
+    build(tmp_path, progress=lambda _: None)
+    assert TarSource(tmp_path).labels.tolist() == [2]
+
+
+PAIR = [("png", IMAGES.read(0).image), ("cls", b"1")]
+WIDE = encode_png(np.zeros((1, 70_000, 3), np.uint8))
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
         ([("x.png", IMAGES.read(0).image)], "'x' lacks its image or its .cls label"),
         ([("x.cls", b"1")], "'x' lacks its image or its .cls label"),
         ([("x.cls", b"cat"), ("x.png", IMAGES.read(0).image)], r"x.cls holds b'cat'"),
+        ([("x.cls", b"999999999"), ("x.png", IMAGES.read(0).image)], r"x.cls holds b'999999999'"),
+        ([("x.cls", b"1"), ("x.png", WIDE)], r"x.png claims 70000 × 1 pixels"),
         ([("x.cls", b"1"), ("x.png", b"GIF89a")], r"x.png is neither JPEG nor PNG"),
         ([("x.cls", b"1"), ("x.cls", b"1")], "sample 'x' occurs twice"),
         ([("readme.txt", b"hello")], "no samples"),
+        (
+            [(f"{key}.{suffix}", content) for key in ("x", "y.v1") for suffix, content in PAIR],
+            r"'y' lacks its image or its \.cls label .*first dot",
+        ),
     ],
 )
 def test_a_tar_that_is_no_data_set_is_refused(tmp_path, members, message):
