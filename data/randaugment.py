@@ -125,7 +125,7 @@ class _Canvas:
         )
 
 
-# An operation takes a picture, a level from 0 to 1, a sign of ± 1 and the canvas.
+# An operation takes a picture, a level (1 at magnitude 10), a sign of ± 1 and the canvas.
 Operation = Callable[[Image.Image, float, int, _Canvas], Image.Image]
 
 
@@ -149,6 +149,7 @@ def _rotate(picture: Image.Image, level: float, sign: int, canvas: _Canvas) -> I
 def _posterize(picture: Image.Image, level: float, sign: int, canvas: _Canvas) -> Image.Image:
     """Keep 4 bits (level 0) down to none, or the other way round if not increasing."""
     kept = 4 - int(4 * level) if canvas.increasing else int(4 * level)
+    kept = min(max(kept, 0), 8)  # a `max_magnitude` above 10 takes the level beyond 1
     mask = 256 - (256 >> kept)  # Pillow's own posterize refuses to keep no bits at all
     return picture.point([value & mask for value in range(256)] * 3)
 

@@ -30,14 +30,14 @@ def results(count, run):
 
 @pytest.mark.parametrize("increasing", [True, False])
 @pytest.mark.parametrize("index", range(len(OPERATIONS)))
-@pytest.mark.parametrize("magnitude", [0, 2.3, 5, 9, 10])
+@pytest.mark.parametrize("magnitude", [0, 2.3, 5, 9, 10, 15, 25])
 def test_operations_equal_timms_at_every_severity(increasing, index, magnitude):
     """Both draw a sign for some operations, so the sets of possible pictures must agree."""
     operation = timm_augment.AugmentOp(
         NAMES[increasing][index],
         prob=1.0,
         magnitude=magnitude,
-        hparams={"img_mean": FILL, "interpolation": BICUBIC},
+        hparams={"img_mean": FILL, "interpolation": BICUBIC, "magnitude_max": 30},
     )
 
     def theirs(seed):
@@ -48,7 +48,9 @@ def test_operations_equal_timms_at_every_severity(increasing, index, magnitude):
             assert "Posterize" in operation.name
             return Image.new("RGB", PICTURE.size)
 
-    policy = Policy(magnitude=magnitude, num_ops=1, prob=1.0, increasing=increasing)
+    policy = Policy(
+        magnitude=magnitude, max_magnitude=30, num_ops=1, prob=1.0, increasing=increasing
+    )
     which = (index + 0.5) / len(OPERATIONS)
 
     def ours(sign):
