@@ -46,7 +46,7 @@ class Order:
             return self._shuffled(epoch, positions)
         block = positions // (_REPEAT_BLOCK * self.repeats) * _REPEAT_BLOCK
         place = (positions + self.copies(positions)) % _REPEAT_BLOCK
-        return self._shuffled(epoch, (block + place) % self.num_samples)
+        return self._shuffled(epoch, block + place)
 
     def copies(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return which copy of its sample stands at each position: int64 in [0, repeats)."""

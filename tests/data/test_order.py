@@ -64,10 +64,17 @@ def test_repeated_samples_share_an_epoch_but_no_pair(repeats):
         assert len(np.unique(ids[start : start + 64 * repeats])) == 64
 
 
-def test_repeats_work_on_sets_smaller_than_a_block():
-    ids = Order(num_samples=10, seed=0, repeats=3).ids(0, np.arange(10))
+@pytest.mark.parametrize("num_samples", [10, 70, 100, 200])
+def test_repeats_work_on_sets_that_end_within_a_block(num_samples):
+    positions = np.arange(num_samples)
+    order = Order(num_samples=num_samples, seed=0, repeats=3)
+    ids, copies = order.ids(0, positions), order.copies(positions)
     assert ids.min() >= 0
-    assert ids.max() < 10
+    assert ids.max() < num_samples
+    assert len(set(zip(ids.tolist(), copies.tolist(), strict=True))) == num_samples
+
+
+def test_no_repeats_at_all_are_refused():
     with pytest.raises(DataError, match="repeats 0"):
         Order(num_samples=10, seed=0, repeats=0)
 
