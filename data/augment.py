@@ -34,8 +34,8 @@ class AugmentSpec:
     `auto_augment`, a RandAugment policy as timm spells them (`rand-m9-mstd0.5-inc1`). Where there
     is no such policy, brightness, contrast and saturation are jittered by up to ± `color_jitter`;
     with one, jitter is left out, as the published recipes do. `interpolation` is bilinear,
-    bicubic, or random (one of the two per image). `fill` colours what geometric operations
-    uncover.
+    bicubic, or random (one of the two per image). What geometric operations uncover gets the
+    colour `mean`, that of pixels scaled to [0, 1].
     """
 
     size: int = 224
@@ -45,10 +45,12 @@ class AugmentSpec:
     hflip: float = 0.5
     auto_augment: str | None = None
     color_jitter: float = 0.0
-    fill: tuple[int, int, int] = (124, 116, 104)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
 
     def __post_init__(self) -> None:
-        _check_interpolation(self.interpolation, ("random", *RESAMPLING))
+        if self.interpolation not in ("random", *RESAMPLING):
+            known = ", ".join(("random", *RESAMPLING))
+            raise DataError(f"interpolation {self.interpolation!r} is not one of {known}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise DataError(f"crop scale {self.scale} must rise within (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -106,25 +108,25 @@ class AugmentSpec:
             return np.asarray(jitter(picture, draws, strength=self.color_jitter))
         policy = parse_policy(self.auto_augment)
         resample = RESAMPLING["bilinear" if self.interpolation == "bilinear" else "bicubic"]
-        return np.asarray(apply_policy(picture, policy, draws, resample=resample, fill=self.fill))
+        red, green, blue = (round(255 * value) for value in self.mean)
+        fill = (red, green, blue)
+        return np.asarray(apply_policy(picture, policy, draws, resample=resample, fill=fill))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """The evaluation transform, without any randomness.
 
-    The shorter side is resized to `size` / `crop_pct` and the centre cut out; with `squash` the
-    whole image is warped to the square instead (as for sizes from 384 up). At crop_pct 1 an
-    image that has the right size already is left as it is.
+    The shorter side is resized to `size` / `crop_pct`, bicubically, and the centre cut out; with
+    `squash` the whole image is warped to the square instead (as for sizes from 384 up). At
+    crop_pct 1 an image that has the right size already is left as it is.
     """
 
     size: int = 224
     crop_pct: float = 0.875
     squash: bool = False
-    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        _check_interpolation(self.interpolation, tuple(RESAMPLING))
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct {self.crop_pct} must lie in (0, 1]")
 
@@ -135,7 +137,7 @@ class EvalSpec:
 
     def _geometry(self, width: int, height: int) -> Geometry:
         if self.squash:
-            return Geometry(None, (self.size, self.size), interpolation=self.interpolation)
+            return Geometry(None, (self.size, self.size))
         short = math.floor(self.size / self.crop_pct)
         if width <= height:
             resized = (short, int(short * height / width))
@@ -143,7 +145,7 @@ class EvalSpec:
             resized = (int(short * width / height), short)
         left, top = (round((side - self.size) / 2) for side in resized)
         window = (left, top, left + self.size, top + self.size)
-        return Geometry(None, resized, window, self.interpolation)
+        return Geometry(None, resized, window)
 
 
 def crop_box(
@@ -191,8 +193,3 @@ def _centre_box(width: int, height: int, limits: tuple[float, float]) -> Box:
         crop_width = round(height * limits[1])
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
-
-
-def _check_interpolation(value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise DataError(f"interpolation {value!r} is not one of {', '.join(known)}")

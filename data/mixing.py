@@ -30,23 +30,22 @@ class MixSpec:
     """What happens to a batch on the device.
 
     `mixup` and `cutmix` are the α of their Beta(α, α), 0 for off (Zhang et al., arXiv:1710.09412;
-    Yun et al., arXiv:1905.04899); with both on, `switch_prob` is cutmix's share. A pair is mixed
-    with probability `prob`. `erase_prob` is the chance of one erased rectangle of normal noise
-    per image (Zhong et al., arXiv:1708.04896). `mean` and `std` are of pixels scaled to [0, 1].
+    Yun et al., arXiv:1905.04899); with both on, `switch_prob` is cutmix's share. `erase_prob` is
+    the chance of one erased rectangle of normal noise per image (Zhong et al., arXiv:1708.04896).
+    `mean` and `std` are of pixels scaled to [0, 1].
     """
 
     num_classes: int
     mixup: float = 0.0
     cutmix: float = 0.0
     switch_prob: float = 0.5
-    prob: float = 1.0
     label_smoothing: float = 0.0
     erase_prob: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for name in ("switch_prob", "prob", "label_smoothing", "erase_prob"):
+        for name in ("switch_prob", "label_smoothing", "erase_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} {getattr(self, name)} must lie in [0, 1]")
         if self.mixup < 0 or self.cutmix < 0:
@@ -93,7 +92,7 @@ class Mixer:
         targets = smooth_one_hot(
             batch.labels, num_classes=spec.num_classes, smoothing=spec.label_smoothing
         )
-        if (spec.mixup > 0 or spec.cutmix > 0) and spec.prob > 0:
+        if spec.mixup > 0 or spec.cutmix > 0:
             assert (positions[::2] % 2 == 0).all(), "pairs are torn"
             size = (images.shape[-2], images.shape[-1])
             params = draw_mixing(spec, positions[::2] // 2, size, seed=self.seed, epoch=batch.epoch)
@@ -114,15 +113,14 @@ def draw_mixing(
     spec: MixSpec, pairs: NDArray[np.int64], size: tuple[int, int], *, seed: int, epoch: int
 ) -> MixParams:
     """Draw the mixing of `pairs` (position // 2, int64 [P]) of images of `size` (H, W)."""
-    draws = uniforms(seed, epoch, pairs, Purpose.MIX, count=4 + 2 * _BETA_ATTEMPTS)
-    mixed = draws[:, 0] < spec.prob
+    draws = uniforms(seed, epoch, pairs, Purpose.MIX, count=3 + 2 * _BETA_ATTEMPTS)
     switch = spec.switch_prob if spec.mixup > 0 else 1.0
-    cut = mixed & (draws[:, 1] < switch) & (spec.cutmix > 0)
-    blended = symmetric_beta(draws[:, 4:], spec.mixup) if spec.mixup > 0 else np.ones(len(pairs))
-    kept = symmetric_beta(draws[:, 4:], spec.cutmix) if spec.cutmix > 0 else np.ones(len(pairs))
-    box = np.where(cut[:, None], _paste_box(kept, draws[:, 2:4], size), 0)
+    cut = (draws[:, 0] < switch) & (spec.cutmix > 0)
+    blended = symmetric_beta(draws[:, 3:], spec.mixup) if spec.mixup > 0 else np.ones(len(pairs))
+    kept = symmetric_beta(draws[:, 3:], spec.cutmix) if spec.cutmix > 0 else np.ones(len(pairs))
+    box = np.where(cut[:, None], _paste_box(kept, draws[:, 1:3], size), 0)
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    lam = np.where(cut, 1 - area / (size[0] * size[1]), np.where(mixed, blended, 1.0))
+    lam = np.where(cut, 1 - area / (size[0] * size[1]), blended)
     return MixParams(lam=lam, box=box)
 
 

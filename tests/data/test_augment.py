@@ -59,7 +59,7 @@ def test_crop_and_resize_equal_torchvision(box, interpolation):
     ("spec", "mode"),
     [
         (EvalSpec(), "center"),
-        (EvalSpec(crop_pct=0.95, interpolation="bilinear"), "center"),
+        (EvalSpec(crop_pct=0.95), "center"),
         (EvalSpec(size=384, crop_pct=1.0, squash=True), "squash"),
     ],
 )
@@ -68,7 +68,7 @@ def test_evaluation_views_equal_timm(size, spec, mode):
     transform = create_transform(
         spec.size,
         is_training=False,
-        interpolation=spec.interpolation,
+        interpolation="bicubic",
         crop_pct=spec.crop_pct,
         crop_mode=mode,
         normalize=False,
@@ -130,6 +130,15 @@ def test_a_view_depends_on_seed_epoch_and_id_alone(spec):
     assert not np.array_equal(together[0], views(spec, [5], epoch=1)[0])
     assert not np.array_equal(together[0], views(spec, [5], seed=2)[0])
     assert not np.array_equal(together[0], together[1])
+
+
+def test_what_warping_uncovers_has_the_mean_colour():
+    black = encode(Image.new("RGB", (32, 32)), "PNG")
+    spec = AugmentSpec(size=32, auto_augment="rand-m10-n1-p1", mean=(0.2, 0.4, 0.6))
+    rendered = spec.render([black] * 60, np.arange(60), seed=0, epoch=0)
+    colors = {tuple(color) for view in rendered for color in view.reshape(-1, 3).tolist()}
+    assert (51, 102, 153) in colors
+    assert (124, 116, 104) not in colors
 
 
 def test_half_of_the_views_are_mirrored():
