@@ -288,6 +288,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         hflip=data.hflip,
         auto_augment=data.auto_augment,
         color_jitter=data.color_jitter,
+        mean=data.mean,
     )
     return ImagePipeline(
         source,
