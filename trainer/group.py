@@ -7,15 +7,22 @@ import torch.distributed as dist
 
 from launcher.process import Process
 
+from .config import UserError
+
 
 def join(process: Process) -> torch.device:
     """Join the run's process group and return this process's device: its GPU, else the CPU.
 
     A process that has joined one already, a notebook's for one, stays in it.
+
+    Raises:
+        UserError: if there is no GPU left for it.
     """
     cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(process.local_rank)
+        device = torch.device("cuda", gpu_index(process, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -23,7 +30,25 @@ def join(process: Process) -> torch.device:
             rank=process.rank,
             world_size=process.world_size,
         )
-    return torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
+    return device
+
+
+def gpu_index(process: Process, num_gpus: int) -> int:
+    """Return which of the GPUs that a process sees is its own.
+
+    Where Slurm gives every task a GPU of its own (`--gpus-per-task 1`), each sees that one alone.
+
+    Raises:
+        UserError: if more processes than GPUs were started on this machine.
+    """
+    if process.kind == "slurm" and num_gpus == 1:
+        return 0
+    if process.local_rank >= num_gpus:
+        raise UserError(
+            f"process {process.local_rank} of this machine has no GPU: it sees {num_gpus}; start "
+            f"{num_gpus} per machine, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return process.local_rank
 
 
 def gloo_group() -> dist.ProcessGroup:
