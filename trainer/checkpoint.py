@@ -55,8 +55,8 @@ class Checkpointer:
     def save(self, state: State, step: int, record: dict[str, Any], *, keep: int | None) -> None:
         """Copy `state` and write it in the background as the checkpoint of `step`.
 
-        Waits for an earlier save first. `record` is the JSON that load() returns; `keep` names a
-        step whose checkpoint retention must spare.
+        Waits for an earlier save first. `record` is the JSON that load() returns, its `model` the
+        network's name; `keep` names a step whose checkpoint retention must spare.
 
         Raises:
             UserError: if the earlier save failed, a full disk for one; older checkpoints stay.
@@ -79,14 +79,14 @@ class Checkpointer:
         if error is not None:
             raise error
 
-    def load(self, state: State) -> dict[str, Any] | None:
+    def load(self, state: State, *, model: str) -> dict[str, Any] | None:
         """Fill `state` in place from the newest good checkpoint; return its record.
 
         Returns None where the run has no checkpoint yet. Damaged ones are named and skipped.
 
         Raises:
-            UserError: if there are checkpoints but none is good, or the newest good one holds
-                other tensors than `state`.
+            UserError: if there are checkpoints but none is good, or the newest good one is of
+                another model than `model`, or holds other tensors than `state`.
         """
         folder, skipped = self._on_first(lambda: manifest.newest_good(self.root))
         for reason in skipped if self.group.rank() == 0 else ():
@@ -98,8 +98,9 @@ class Checkpointer:
                     "the folder to start anew"
                 )
             return None
-        read_state(folder, state, group=self.group)
-        return manifest.read(folder).record
+        record = check_model(folder, model)
+        read_state(folder, state, group=self.group, whole=True)
+        return record
 
     def _write_guarded(self, *args: Any) -> None:
         try:
@@ -177,16 +178,36 @@ class Checkpointer:
         return cast(T, outcome[0])
 
 
-def read_state(folder: Path, state: State, *, group: dist.ProcessGroup | None = None) -> None:
+def check_model(folder: Path, model: str) -> dict[str, Any]:
+    """Return the record of a checkpoint folder.
+
+    Raises:
+        UserError: if its `model` is not the one given.
+    """
+    record = manifest.read(folder).record
+    if record["model"] != model:
+        raise UserError(f"{folder} is a checkpoint of {record['model']}, not of {model}")
+    return record
+
+
+def read_state(
+    folder: Path, state: State, *, group: dist.ProcessGroup | None = None, whole: bool = False
+) -> None:
     """Fill the tensors of `state` in place from a checkpoint folder.
 
     Without a group it works in a single process, whatever world size wrote the checkpoint.
 
     Raises:
-        UserError: if the checkpoint lacks one of the tensors or holds it in another shape.
+        UserError: if the checkpoint lacks one of the tensors or holds it in another shape, or if
+            `state` is to be the `whole` of it and is not.
     """
     reader = HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
+    extra = sorted(held.keys() - state.keys()) if whole else []
+    if extra:
+        raise UserError(
+            f"{folder} is a checkpoint of another model: it holds {extra[0]}, the model does not"
+        )
     for name, tensor in state.items():
         shape = tuple(getattr(held.get(name), "size", ()))
         if name not in held or shape != tuple(tensor.shape):

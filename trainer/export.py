@@ -28,7 +28,7 @@ from models.registry import MODELS, build
 from models.transnext import TransNeXtConfig
 
 from . import manifest
-from .checkpoint import read_state
+from .checkpoint import check_model, read_state
 from .config import ModelConfig, RunConfig, UserError
 
 HOME = Path(__file__).resolve().parent.parent
@@ -59,6 +59,7 @@ def load(source: Path, *, weights: str | None = None) -> Exportable:
         weights = "ema" if config.train.ema_decay > 0 else "live"
     if weights == "ema" and config.train.ema_decay == 0:
         raise UserError(f"{source} has no averaged weights: use --weights live")
+    check_model(checkpoint, config.model.name)
     section = {"ema": "ema", "live": "weight"}[weights]
     model = build(**asdict(replace(config.model, drop_path=0.0))).eval()
     buffers = {name for name, _ in model.named_buffers()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.augment import AugmentSpec, EvalSpec
-from data.base import Batch, Cursor
+from data.base import Batch, Cursor, Source
 from data.mixing import Mixer, MixSpec, normalize
 from data.pipeline import ImagePipeline, eval_batches, open_source
 from data.randomness import drop_noise
@@ -55,7 +56,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.device = join(process)
         self.pipeline = make_pipeline(config, self.device)
-        self.val = open_source(config.data.source, config.data.val)
+        self.val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -71,7 +72,7 @@ class Trainer:
             gloo_group(),
             keep_last=config.checkpoint.keep_last,
         )
-        self.state = self._restore()
+        self.state = self.saved = self._restore()
         self.signals = Signals(gloo_group())
         self.metrics = MetricLogger(
             self.run_dir,
@@ -91,14 +92,14 @@ class Trainer:
         self._announce()
         shard = self.backend.data_shard
         with closing(self.pipeline.batches(self.state.cursor, shard)) as stream:
+            self._evaluate_if_due()  # a stop may have cut it short
             while self.state.step < self.total_steps and not self.signals.agree():
                 lr = self._learning_rate()
                 values, cursor = self._step(stream, lr)
                 self.state = self.state.advance(cursor)
                 self.metrics.train(self.state.step, values, lr=lr)
                 self._check_numerics()
-                if self._due(round(self.config.eval.every_epochs * self.steps_per_epoch)):
-                    self._evaluate()
+                self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
                     self._save()
         return self._finish()
@@ -153,19 +154,25 @@ class Trainer:
         step = self.state.step
         return step % max(every, 1) == 0 or step == self.total_steps
 
+    def _evaluation_is_due(self) -> bool:
+        every = round(self.config.eval.every_epochs * self.steps_per_epoch)
+        return self._due(every) and self.state.evaluated_step != self.state.step
+
     def _is_best(self) -> bool:
         return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
 
     def _check_numerics(self) -> None:
-        if self.metrics.skipped_share == 1.0:
+        if self.metrics.nothing_learnt_at is not None:
             raise BadNumericsError(
-                f"gradients were not finite for {self.config.log.every} steps up to step "
-                f"{self.state.step}: lower optim.lr, set optim.clip_grad, or use "
+                "gradients were not finite for a whole log interval up to step "
+                f"{self.metrics.nothing_learnt_at}: lower optim.lr, set optim.clip_grad, or use "
                 "train.precision fp32"
             )
 
-    def _evaluate(self) -> None:
+    def _evaluate_if_due(self) -> None:
         """Evaluate live and averaged weights; a signal to stop cuts it short."""
+        if not self._evaluation_is_due():
+            return
         with self.metrics.paused():
             results = self._accuracy()
             if results is not None and self.ema is not None:
@@ -211,6 +218,7 @@ class Trainer:
     def _save(self) -> None:
         record = {"state": self.state.to_dict(), "model": self.config.model.name}
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
+        self.saved = self.state
         if not self.config.checkpoint.async_save:
             self.checkpointer.wait()
 
@@ -220,7 +228,7 @@ class Trainer:
     def _restore(self) -> TrainState:
         """Continue from the newest good checkpoint, or start."""
         state = self._full_state()
-        record = self.checkpointer.load(state)
+        record = self.checkpointer.load(state, model=self.config.model.name)
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())
         self.backend.import_state(state)
@@ -251,13 +259,14 @@ class Trainer:
         )
 
     def _finish(self) -> bool:
-        """Write what is left: the metrics, and a checkpoint if the last step has none."""
+        """Write what is left: the metrics, and a checkpoint if the state is in none."""
         self.signals.settle()
-        complete = self.state.step >= self.total_steps
-        if not complete:
+        complete = self.state.step >= self.total_steps and not self._evaluation_is_due()
+        if self.state != self.saved:
             self._save()
         self.checkpointer.wait()
         self.metrics.flush()
+        self._check_numerics()
         self.metrics.event(
             "end" if complete else "stop", self.state.step, best_top1=self.state.best
         )
@@ -301,6 +310,25 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         prefetch=data.prefetch,
         device=device,
     )
+
+
+def open_val(config: RunConfig, *, classes: tuple[str, ...]) -> Source:
+    """Open the evaluation split, whose labels must mean the same `classes` as the training's.
+
+    Raises:
+        UserError: if they do not.
+        DataError: if it cannot be opened.
+    """
+    data = config.data
+    val = open_source(data.source, data.val)
+    if val.classes != classes:
+        pairs = zip_longest(classes, val.classes, fillvalue="missing")
+        label, (ours, its) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"{data.val} has other classes than {data.train}: class {label} is {its}, not {ours}; "
+            "both must have the same, in the same order"
+        )
+    return val
 
 
 def make_mixer(config: RunConfig) -> Mixer:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
+_REPLACED = "replaced_"  # begins the name of a checkpoint while another takes its place
 
 
 class Fenced(RuntimeError):
@@ -74,10 +75,13 @@ def commit(root: Path, manifest: Manifest) -> Path:
     write_atomically(staged / MANIFEST, manifest.to_json())
     check_generation(root, manifest.generation)
     final = step_folder(root, manifest.step)
+    aside = root / f"{_REPLACED}{final.name}"
     if final.exists():
-        remove(final)
+        final.rename(aside)
     staged.rename(final)
     _sync_folder(root)
+    if aside.exists():
+        shutil.rmtree(aside)
     return final
 
 
@@ -149,6 +153,12 @@ def begin_generation(root: Path) -> int:
     write_atomically(root / "generation", str(generation))
     for left in root.glob("writing_*"):
         shutil.rmtree(left, ignore_errors=True)
+    for aside in root.glob(f"{_REPLACED}*"):
+        final = root / aside.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:  # a crash came before its replacement
+            aside.rename(final)
     return generation
 
 

@@ -35,7 +35,11 @@ class _Interval:
 
 
 class MetricLogger:
-    """Reports a run. All ranks call it alike; rank 0 writes."""
+    """Reports a run. All ranks call it alike; rank 0 writes.
+
+    `nothing_learnt_at` is the last step of the interval reported last, if every update in it was
+    left out, else None.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class MetricLogger:
         self._data_seconds = 0.0
         self._since = time.perf_counter()
         self._pending: _Interval | None = None
-        self.skipped_share = 0.0
+        self.nothing_learnt_at: int | None = None
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -104,7 +108,9 @@ class MetricLogger:
         if interval.work is not None:
             interval.work.wait()
         reduced = dict(zip(interval.names, interval.means.tolist(), strict=True))
-        self.skipped_share = reduced.get("skipped", 0.0)
+        # A mean over steps and ranks: rounding may keep it a little below 1.
+        learnt_nothing = reduced.get("skipped", 0.0) > 0.999
+        self.nothing_learnt_at = interval.step if learnt_nothing else None
         if self.sinks is not None:
             self.sinks.write("train", interval.step, {**reduced, **interval.host})
 

@@ -13,13 +13,15 @@ class TrainState:
     """Everything of a run that is neither a tensor nor a function of something else.
 
     `step` counts optimizer steps done; `cursor` is where the data stream goes on; `best` is the
-    highest top-1 of an evaluation so far (in percent) and `best_step` the step that had it.
+    highest top-1 of an evaluation so far (in percent) and `best_step` the step that had it;
+    `evaluated_step` is the step of the last evaluation that was not cut short, 0 before the first.
     """
 
     step: int
     cursor: Cursor
     best: float = 0.0
     best_step: int | None = None
+    evaluated_step: int = 0
 
     def advance(self, cursor: Cursor) -> TrainState:
         """Return the state after one more optimizer step that consumed data up to `cursor`."""
@@ -27,9 +29,10 @@ class TrainState:
 
     def judge(self, top1: float) -> TrainState:
         """Return the state after an evaluation, which may have been the best."""
+        judged = replace(self, evaluated_step=self.step)
         if self.best_step is not None and top1 <= self.best:
-            return self
-        return replace(self, best=top1, best_step=self.step)
+            return judged
+        return replace(judged, best=top1, best_step=self.step)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable form, under 1 KB."""

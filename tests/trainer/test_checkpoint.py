@@ -19,7 +19,8 @@ from trainer.config import UserError
 
 ROOT = Path(__file__).parents[2]
 DIVIDED = ("weight/", "exp_avg/")
-RECORD = {"state": {"step": 5, "cursor": {"samples": 120}}, "model": "transnext_pico"}
+MODEL = "transnext_pico"
+RECORD = {"state": {"step": 5, "cursor": {"samples": 120}}, "model": MODEL}
 
 
 def whole_state(seed=0):
@@ -62,7 +63,7 @@ def load_on(rank, world_size, root):
 def load_whole(checkpointer, world_size):
     """Load into zeroed shares and return everything put together, with the record."""
     state = divided_state(world_size, zeros(whole_state()))
-    record = checkpointer.load(state)
+    record = checkpointer.load(state, model=MODEL)
     whole = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for name, tensor in state.items()
@@ -120,6 +121,11 @@ def alone(tmp_path_factory):
     dist.destroy_process_group()
 
 
+def load(root, group, state, *, model=MODEL):
+    """Load as a new start of the run does."""
+    return Checkpointer(root, group, keep_last=9).load(state, model=model)
+
+
 def save(checkpointer, *steps, keep=None):
     for step in steps:
         checkpointer.save(whole_state(step), step, RECORD | {"step": step}, keep=keep)
@@ -150,7 +156,7 @@ def test_what_two_ranks_saved_is_loaded_by_one(written_by_two, alone):
     root, _ = written_by_two
     assert len(list((root / "step_0000000005").glob("*.safetensors"))) == 2
     state = zeros(whole_state())
-    assert Checkpointer(root, alone, keep_last=9).load(state) == RECORD
+    assert load(root, alone, state) == RECORD
     assert_equal(state, whole_state())
     state = zeros(whole_state())
     read_state(root / "step_0000000005", state)  # the way of exports: without a group
@@ -198,7 +204,7 @@ def test_the_last_ones_and_the_best_are_kept(alone, tmp_path):
 
 def test_a_run_without_a_checkpoint_begins(alone, tmp_path):
     state = whole_state()
-    assert Checkpointer(tmp_path / "new", alone, keep_last=1).load(state) is None
+    assert load(tmp_path / "new", alone, state) is None
     assert_equal(state, whole_state())
 
 
@@ -212,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_loaded(alone, tmp_path,
     save(Checkpointer(tmp_path, alone, keep_last=9), 5, 10)
     path = truncate(tmp_path / "step_0000000010")
     state = zeros(whole_state())
-    record = Checkpointer(tmp_path, alone, keep_last=9).load(state)
+    record = load(tmp_path, alone, state)
     assert record == RECORD | {"step": 5}
     assert_equal(state, whole_state(5))
     said = capsys.readouterr().out
@@ -225,10 +231,10 @@ def test_a_damaged_later_one_never_displaces_a_good_one(alone, tmp_path):
     for step in (10, 15):
         truncate(manifest.step_folder(tmp_path, step))
     checkpointer = Checkpointer(tmp_path, alone, keep_last=1)
-    checkpointer.load(zeros(whole_state()))
+    checkpointer.load(zeros(whole_state()), model=MODEL)
     save(checkpointer, 7)  # stopped by a signal, say
     state = zeros(whole_state())
-    assert Checkpointer(tmp_path, alone, keep_last=1).load(state) == RECORD | {"step": 7}
+    assert load(tmp_path, alone, state) == RECORD | {"step": 7}
     assert_equal(state, whole_state(7))
 
 
@@ -236,7 +242,7 @@ def test_where_all_are_damaged_there_is_no_silent_fresh_start(alone, tmp_path):
     save(Checkpointer(tmp_path, alone, keep_last=9), 5, 10)
     truncate(tmp_path / "step_0000000005")
     (tmp_path / "step_0000000010" / manifest.MANIFEST).unlink()
-    message = message_of(lambda: Checkpointer(tmp_path, alone, keep_last=9).load(whole_state()))
+    message = message_of(lambda: load(tmp_path, alone, whole_state()))
     assert f"no checkpoint in {tmp_path} is whole" in message
     assert f"{tmp_path}/step_0000000010" in message
     assert "start anew" in message
@@ -253,13 +259,31 @@ def test_where_all_are_damaged_there_is_no_silent_fresh_start(alone, tmp_path):
         ({"step": torch.zeros(1)}, "it holds step in shape (), the model has (1,)"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused(alone, tmp_path, change, said):
+def test_tensors_of_another_shape_are_refused(alone, tmp_path, change, said):
     save(Checkpointer(tmp_path, alone, keep_last=9), 5)
     state = zeros(whole_state()) | change
-    message = message_of(lambda: Checkpointer(tmp_path, alone, keep_last=9).load(state))
+    message = message_of(lambda: load(tmp_path, alone, state))
     folder = tmp_path / "step_0000000005"
     assert message == f"{folder} is a checkpoint of another model: {said}"
     assert all(not tensor.any() for tensor in state.values()), "nothing was loaded"
+
+
+def test_a_checkpoint_that_holds_more_than_the_model_is_refused(alone, tmp_path):
+    save(Checkpointer(tmp_path, alone, keep_last=9), 5)
+    state = zeros(whole_state())
+    del state["exp_avg/b"], state["weight/b"]
+    message = message_of(lambda: load(tmp_path, alone, state))
+    assert message.endswith("of another model: it holds exp_avg/b, the model does not")
+    assert not any(tensor.any() for tensor in state.values()), "nothing was loaded"
+    read_state(tmp_path / "step_0000000005", state)  # an export needs no moments
+    assert torch.equal(state["weight/a"], whole_state(5)["weight/a"])
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(alone, tmp_path):
+    save(Checkpointer(tmp_path, alone, keep_last=9), 5)
+    message = message_of(lambda: load(tmp_path, alone, whole_state(), model="transxnet_pico"))
+    folder = tmp_path / "step_0000000005"
+    assert message == f"{folder} is a checkpoint of transnext_pico, not of transxnet_pico"
 
 
 FILL_THE_DISK = """

@@ -73,6 +73,39 @@ def test_the_same_step_again_replaces_it(root):
     assert manifest.newest_good(root) == (folder, [])
 
 
+def test_a_kill_while_replacing_leaves_the_old_or_the_new_one_whole(root):
+    """The new one is put into place by the second renaming, the old one removed after it."""
+    script = """
+import os, shutil, sys
+from pathlib import Path
+from tests.trainer.test_manifest import commit
+from trainer import manifest
+
+root, deadly, rename = Path(sys.argv[1]), sys.argv[2], Path.rename
+
+def fatal(*args, **options):
+    os.kill(os.getpid(), 9)
+
+def fatal_into_place(source, target):
+    fatal() if source.name.startswith("writing_") else rename(source, target)
+
+if deadly == "rename":
+    Path.rename = fatal_into_place
+else:
+    shutil.rmtree = fatal
+commit(root, 5, generation=manifest.begin_generation(root))
+"""
+    folder = commit(root, 5)
+    # Every start and every look after a kill raises the generation, which begins as 1.
+    for deadly, survivor in (("rename", 1), ("remove", 4)):
+        done = subprocess.run([sys.executable, "-c", script, str(root), deadly], cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+        manifest.begin_generation(root)
+        assert manifest.newest_good(root) == (folder, [])
+        assert manifest.read(folder).generation == survivor
+        assert sorted(path.name for path in root.iterdir()) == ["generation", folder.name]
+
+
 def lose_manifest(folder):
     (folder / manifest.MANIFEST).unlink()
     return folder.name, "no MANIFEST.json"
