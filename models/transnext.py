@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
 from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry
-from .kernels import aggregated_attention, conv_glu, cosine_attention
+from .kernels import (
+    aggregated_attention,
+    conv_glu,
+    cosine_attention,
+    pair_perceptron,
+    pooled_gelu,
+)
 from .kernels.eager import full_precision, widen
 from .layers import Conv, Depthwise, Pointwise, drop_path
 
@@ -54,9 +60,10 @@ class PositionBias(nn.Module):
         with full_precision(weight):
             rows, columns = geometry.features(weight.dtype)
             # A linear layer on (row, column) pairs is a sum of one term per axis.
-            hidden = (rows[:, None] * weight[:, 0])[:, None]
-            hidden = F.relu(hidden + (columns[:, None] * weight[:, 1] + hidden_bias))
-            table = F.linear(hidden, widen(self.cpb_fc2.weight), widen(self.cpb_fc2.bias))
+            row_term = rows[:, None] * weight[:, 0]
+            column_term = columns[:, None] * weight[:, 1] + hidden_bias
+            table = pair_perceptron(row_term, column_term, widen(self.cpb_fc2.weight))
+            table = table + widen(self.cpb_fc2.bias)
             bias = F.embedding(geometry.pairs, table.flatten(0, 1)).t()
             return _fit(bias, geometry)
 
@@ -95,14 +102,12 @@ class AggregatedAttention(PositionBias):
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         """x [B, H, W, C] -> [B, H, W, C]."""
-        pooled = F.gelu(self.sr(x))
-        pooled = F.adaptive_avg_pool2d(pooled.permute(0, 3, 1, 2), geometry.plan.pool)
-        pooled = self.norm(pooled.flatten(2).transpose(1, 2))
+        pooled = self.norm(pooled_gelu(self.sr(x), geometry.plan.pool).flatten(1, 2))
         local_bias = widen(self.relative_pos_bias_local)[:, None, :]
         mixed = aggregated_attention(
             self.q(x),
-            self.kv(x),
-            self.kv(pooled),
+            *_linear_halves(self.kv, x),
+            *_linear_halves(self.kv, pooled),
             query_embedding=self.query_embedding,
             temperature=self.temperature,
             key_count=geometry.key_count,
@@ -113,6 +118,12 @@ class AggregatedAttention(PositionBias):
         )
         out: Tensor = self.proj(mixed)
         return out
+
+
+def _linear_halves(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of a linear layer's output, each contiguous: two products and no split."""
+    (first, second), (first_bias, second_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
+    return F.linear(x, first, first_bias), F.linear(x, second, second_bias)
 
 
 class Attention(PositionBias):
@@ -160,11 +171,8 @@ class ConvGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> [B, H, W, C]."""
-        # Two products instead of one and a split: both halves come out contiguous.
-        weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        gate, value = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-        out: Tensor = self.fc2(conv_glu(gate, value, *self.dwconv.dwconv.parameters()))
-        return out
+        gate, value = _linear_halves(self.fc1, x)
+        return conv_glu(gate, value, *self.dwconv.dwconv.parameters(), *self.fc2.parameters())
 
 
 class ResidualBlock(nn.Module):

@@ -5,6 +5,8 @@ Invariant: models import operators from here and nowhere else.
 
 from .eager import aggregated_attention as aggregated_attention
 from .eager import cosine_attention as cosine_attention
+from .eager import pair_perceptron as pair_perceptron
+from .eager import pooled_gelu as pooled_gelu
 from .eager import relative_attention as relative_attention
 from .eager_conv import conv_glu as conv_glu
 from .eager_conv import depthwise_conv as depthwise_conv

@@ -31,8 +31,10 @@ def widen(x: Tensor) -> Tensor:
 
 def aggregated_attention(
     q: Tensor,
-    kv: Tensor,
-    kv_pool: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
     *,
     query_embedding: Tensor,
     temperature: Tensor,
@@ -46,29 +48,19 @@ def aggregated_attention(
 
     TransNeXt (arXiv 2311.17132), aggregated attention: cosine logits scaled by a learned
     temperature and the log of the number of visible keys, one softmax over both paths, and
-    learned tokens added to the window's weights after it.
+    learned tokens added to the window's weights after it. Saves its inputs and the softmax.
 
-    q [B, H, W, C], kv [B, H, W, 2C] (keys, then values), kv_pool [B, M, 2C];
+    q, k, v [B, H, W, C], pool_k, pool_v [B, M, C];
     query_embedding [h, 1, d], temperature [h, 1, 1], key_count [N] (visible keys of each query),
     local_bias [h, N, 9] (-inf outside the image), pool_bias [h, N, M], tokens [h, d, 9],
     token_bias [h, 1, 9]. Returns [B, H, W, C] in q's dtype.
     """
-    num_heads = query_embedding.shape[0]
     with full_precision(q):
-        unit = F.normalize(widen(_split_heads(q.flatten(1, 2), num_heads)), dim=-1)
-        scaled = _scale_queries(unit, query_embedding, temperature, key_count)
-        keys, values = (_as_map(part, num_heads) for part in kv.chunk(2, dim=-1))
-        pool_keys, pool_values = (_split_heads(p, num_heads) for p in kv_pool.chunk(2, dim=-1))
-        grid_shape = keys.shape
-        near = window_logits(scaled.view(grid_shape), F.normalize(widen(keys), dim=-1))
-        far = scaled @ F.normalize(widen(pool_keys), dim=-1).transpose(-2, -1)
-        logits = torch.cat([near.flatten(2, 3) + local_bias, far + pool_bias], dim=-1)
-        weights = logits.softmax(dim=-1)
-        near = weights[..., :9] + (unit @ widen(tokens) + widen(token_bias))
-        near = near.view(*grid_shape[:4], 9).to(values.dtype)
-        mixed = window_mix(near, values)
-        mixed = mixed + (weights[..., 9:].to(values.dtype) @ pool_values).view(grid_shape)
-    return mixed.permute(0, 2, 3, 1, 4).reshape(q.shape)
+        scale = query_scale(temperature, key_count)
+        parameters = (widen(query_embedding), scale, widen(tokens), widen(token_bias))
+        biases = widen(local_bias), widen(pool_bias)
+        mixed: Tensor = _AggregatedAttention.apply(q, k, v, pool_k, pool_v, *parameters, *biases)
+    return mixed
 
 
 def cosine_attention(
@@ -89,9 +81,8 @@ def cosine_attention(
         queries, keys, values = (
             _split_heads(part.flatten(1, 2), num_heads) for part in qkv.chunk(3, dim=-1)
         )
-        unit = F.normalize(widen(queries), dim=-1)
-        scaled = _scale_queries(unit, query_embedding, temperature, key_count)
-        logits = scaled @ F.normalize(widen(keys), dim=-1).transpose(-2, -1)
+        scaled = (_unit(queries) + widen(query_embedding)) * query_scale(temperature, key_count)
+        logits = scaled @ _unit(keys).transpose(-2, -1)
         mixed = (logits + bias).softmax(dim=-1).to(values.dtype) @ values
     return mixed.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
 
@@ -110,9 +101,52 @@ def relative_attention(q: Tensor, kv: Tensor, *, position: Tensor, num_heads: in
     return mixed.transpose(1, 2).reshape(q.shape)
 
 
-def _as_map(x: Tensor, num_heads: int) -> Tensor:
-    """A map [B, H, W, C] as a view [B, h, H, W, d]."""
-    return x.view(*x.shape[:3], num_heads, -1).permute(0, 3, 1, 2, 4)
+def pooled_gelu(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """GELU, then adaptive average pooling: [B, H, W, C] -> [B, *grid, C]; saves `x` alone."""
+    pooled: Tensor = _PooledGELU.apply(x, grid)
+    return pooled
+
+
+class _PooledGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.adaptive_avg_pool2d(F.gelu(x).permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        spread = torch.ops.aten._adaptive_avg_pool2d_backward(
+            grads[0].permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+        )
+        return torch.ops.aten.gelu_backward(spread.permute(0, 2, 3, 1), x), None
+
+
+def pair_perceptron(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+    """The output layer of a perceptron whose hidden units add a row's and a column's term.
+
+    rows [R, E], columns [S, E], weight [h, E]. Returns ReLU(row + column) · weight [R, S, h]. The
+    hidden units, far more than all the rest, are computed again in the backward pass.
+    """
+    table: Tensor = _PairPerceptron.apply(rows, columns, weight)
+    return table
+
+
+class _PairPerceptron(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns, weight)
+        table: Tensor = F.linear((rows[:, None] + columns).relu_(), weight)
+        return table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        rows, columns, weight = ctx.saved_tensors
+        (grad,) = grads
+        hidden = (rows[:, None] + columns).relu_()
+        grad_weight = grad.flatten(0, 1).t() @ hidden.flatten(0, 1)
+        grad_hidden = torch.ops.aten.threshold_backward(grad @ weight, hidden, 0)
+        return grad_hidden.sum(dim=1), grad_hidden.sum(dim=0), grad_weight
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -120,13 +154,10 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
-def _scale_queries(
-    unit: Tensor, query_embedding: Tensor, temperature: Tensor, key_count: Tensor
-) -> Tensor:
-    """(q̂ + embedding) · softplus(temperature) · ln(key count), for unit queries [B, h, N, d]."""
+def query_scale(temperature: Tensor, key_count: Tensor) -> Tensor:
+    """softplus(temperature) · ln(key count) [h, N, 1], what queries are multiplied by."""
     scale = F.softplus(widen(temperature))
-    scale = scale * key_count.to(scale.dtype).log()[:, None]
-    return (unit + widen(query_embedding)) * scale
+    return scale * key_count.to(scale.dtype).log()[:, None]
 
 
 def window_logits(q: Tensor, k: Tensor) -> Tensor:
@@ -139,8 +170,7 @@ def window_logits(q: Tensor, k: Tensor) -> Tensor:
         products = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-2, -1)
         slots = _window_slots(height, width, like=q)
         return torch.einsum("bhqk,qks->bhqs", products, slots).view(*q.shape[:4], 9)
-    logits: Tensor = _WindowLogits.apply(q, k)
-    return logits
+    return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k)], dim=-1)
 
 
 def window_mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -154,7 +184,10 @@ def window_mix(weights: Tensor, v: Tensor) -> Tensor:
         slots = _window_slots(height, width, like=v)
         spread = torch.einsum("bhqs,qks->bhqk", weights.flatten(2, 3), slots)
         return (spread @ v.flatten(2, 3)).view(v.shape)
-    mixed: Tensor = _WindowMix.apply(weights, v)
+    first, *others = zip(torch.split(weights, 1, dim=-1), _shifts(v), strict=True)
+    mixed = first[0] * first[1]
+    for slot, near in others:
+        mixed = mixed.addcmul_(slot, near)
     return mixed
 
 
@@ -170,37 +203,132 @@ def _window_slots(height: int, width: int, *, like: Tensor) -> Tensor:
     return slots.reshape(height * width, height * width, 9).to(like.dtype)
 
 
-class _WindowLogits(torch.autograd.Function):
-    """Its gradients are window sums themselves, so no slice is ever padded back and added."""
+class _AggregatedAttention(torch.autograd.Function):
+    """Gradients of window sums are window sums, so no slice is ever padded back and added.
+
+    Everything but the softmax is cheap next to keeping it, and computed again in the backward
+    pass. Maps are split into heads [B, h, H, W, d] and so contiguous along a row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k)
-        return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k)], dim=-1)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pool_k: Tensor,
+        pool_v: Tensor,
+        query_embedding: Tensor,
+        scale: Tensor,
+        tokens: Tensor,
+        token_bias: Tensor,
+        local_bias: Tensor,
+        pool_bias: Tensor,
+    ) -> Tensor:
+        num_heads = scale.shape[0]
+        unit = _unit(_head_map(q, num_heads))
+        queries = _scale(unit, query_embedding, scale)
+        near = window_logits(queries, _unit(_head_map(k, num_heads))).flatten(2, 3)
+        pool_keys = _unit(_split_heads(pool_k, num_heads))
+        far = queries.flatten(2, 3) @ pool_keys.transpose(-2, -1)
+        weights = torch.cat([near.add_(local_bias), far.add_(pool_bias)], dim=-1).softmax(dim=-1)
+        ctx.save_for_backward(
+            q, k, v, pool_k, pool_v, query_embedding, scale, tokens, token_bias, weights
+        )
+        values = _head_map(v, num_heads)
+        window = _window_weights(weights, unit, tokens, token_bias).to(values.dtype)
+        mixed = window_mix(window, values).flatten(2, 3)
+        mixed += weights[..., 9:].to(values.dtype) @ _split_heads(pool_v, num_heads)
+        return mixed.transpose(1, 2).reshape(q.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = ctx.saved_tensors
-        (grad,) = grads
-        return window_mix(grad, k), window_mix(_seen_from_key(grad), q)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pool_k, pool_v, query_embedding, scale, tokens, token_bias, weights = (
+            ctx.saved_tensors
+        )
+        num_heads = scale.shape[0]
+        with full_precision(q):
+            grad = widen(_head_map(grads[0], num_heads))
+            values = widen(_head_map(v, num_heads))
+            raw_queries, raw_keys = _head_map(q, num_heads), _head_map(k, num_heads)
+            unit, keys = _unit(raw_queries), _unit(raw_keys)
+            queries = _scale(unit, query_embedding, scale)
+            raw_pool_keys = _split_heads(pool_k, num_heads)
+            pool_keys = _unit(raw_pool_keys)
+            pool_values = widen(_split_heads(pool_v, num_heads))
+
+            window = _window_weights(weights, unit, tokens, token_bias)
+            grad_values = window_mix(_seen_from_key(window), grad)
+            grad_window = window_logits(grad, values).flatten(2, 3)
+            grad_pool_values = weights[..., 9:].transpose(-2, -1) @ grad.flatten(2, 3)
+            grad_far = grad.flatten(2, 3) @ pool_values.transpose(-2, -1)
+
+            grad_logits = torch.cat([grad_window, grad_far], dim=-1).mul_(weights)
+            grad_logits -= weights * grad_logits.sum(dim=-1, keepdim=True)
+            near = grad_logits[..., :9].view(window.shape)
+            far = grad_logits[..., 9:]
+            grad_keys = window_mix(_seen_from_key(near), queries)
+            grad_pool_keys = far.transpose(-2, -1) @ queries.flatten(2, 3)
+            grad_queries = window_mix(near, keys).flatten(2, 3)
+            grad_queries += far @ pool_keys
+
+            unit = unit.flatten(2, 3)
+            grad_scale = (grad_queries * (unit + query_embedding)).sum(dim=(0, 3))
+            grad_unit = grad_queries.mul_(scale)
+            grad_embedding = grad_unit.sum(dim=(0, 2))
+            grad_unit = grad_unit + grad_window @ tokens.transpose(-2, -1)
+            grad_tokens = (unit.transpose(-2, -1) @ grad_window).sum(dim=0)
+        return (
+            _merge_heads(_unit_backward(raw_queries.flatten(2, 3), grad_unit), q),
+            _merge_heads(_unit_backward(raw_keys, grad_keys).flatten(2, 3), k),
+            _merge_heads(grad_values.flatten(2, 3), v),
+            _merge_heads(_unit_backward(raw_pool_keys, grad_pool_keys), pool_k),
+            _merge_heads(grad_pool_values, pool_v),
+            grad_embedding[:, None],
+            grad_scale[..., None],
+            grad_tokens,
+            grad_window.sum(dim=(0, 2))[:, None],
+            grad_logits[..., :9].sum(dim=0),
+            grad_logits[..., 9:].sum(dim=0),
+        )
 
 
-class _WindowMix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, v)
-        slots = torch.split(weights, 1, dim=-1)
-        shifts = _shifts(v)
-        mixed = slots[0] * shifts[0]
-        for slot, near in zip(slots[1:], shifts[1:], strict=True):
-            mixed = mixed.addcmul_(slot, near)
-        return mixed
+def _head_map(x: Tensor, num_heads: int) -> Tensor:
+    """A map [B, H, W, C] copied to [B, h, H, W, d]."""
+    return x.view(*x.shape[:3], num_heads, -1).permute(0, 3, 1, 2, 4).contiguous()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        weights, v = ctx.saved_tensors
-        (grad,) = grads
-        return window_logits(grad, v), window_mix(_seen_from_key(weights), grad)
+
+def _merge_heads(x: Tensor, like: Tensor) -> Tensor:
+    """Tokens [B, h, N, d] in the shape [B, ..., C] and dtype of `like`."""
+    return x.transpose(1, 2).reshape(like.shape).to(like.dtype)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """`x` at length one along its last dimension, at least in float32."""
+    unit: Tensor = F.normalize(widen(x), dim=-1)
+    return unit
+
+
+def _unit_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `_unit` at `x`; a length below its floor of 1e-12 counts as constant."""
+    x = widen(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = x / length.clamp_min(1e-12)
+    along = (unit * grad).sum(dim=-1, keepdim=True) * (length > 1e-12)
+    return (grad - unit * along) / length.clamp_min(1e-12)
+
+
+def _scale(unit: Tensor, query_embedding: Tensor, scale: Tensor) -> Tensor:
+    """(q̂ + embedding) · scale, for unit queries [B, h, H, W, d]."""
+    return ((unit.flatten(2, 3) + query_embedding) * scale).view(unit.shape)
+
+
+def _window_weights(weights: Tensor, unit: Tensor, tokens: Tensor, token_bias: Tensor) -> Tensor:
+    """The weights of the window's values [B, h, H, W, 9]: its softmax and the learned tokens."""
+    window = unit.flatten(2, 3) @ tokens
+    window += token_bias
+    window += weights[..., :9]
+    return window.view(*unit.shape[:4], 9)
 
 
 def _shifts(x: Tensor) -> list[Tensor]:

@@ -3,8 +3,13 @@
 Shapes: B batch, H×W grid, C and D channels, K the side of a kernel; maps are channels-last.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .eager import full_precision
 
 
 def dynamic_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -24,12 +29,67 @@ def dynamic_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(batch, channels, height, width).permute(0, 2, 3, 1)
 
 
-def conv_glu(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`GELU(depthwise 3x3 convolution of gate) * value`, the core of TransNeXt's ConvGLU.
+def conv_glu(
+    gate: Tensor,
+    value: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """`linear(GELU(depthwise 3x3 convolution of gate) * value)`, the core of TransNeXt's ConvGLU.
 
-    gate and value [B, H, W, D], weight [D, 1, 3, 3], bias [D]. Returns [B, H, W, D].
+    gate and value [B, H, W, D], conv_weight [D, 1, 3, 3], conv_bias [D], weight [C, D], bias [C].
+    Returns [B, H, W, C]. Saves its inputs alone: the rest is computed again in the backward pass.
     """
-    return F.gelu(depthwise_conv(gate, weight, bias)) * value
+    parameters = (parameter.to(gate.dtype) for parameter in (conv_weight, conv_bias, weight, bias))
+    with full_precision(gate):
+        out: Tensor = _ConvGLU.apply(gate, value, *parameters)
+    return out
+
+
+class _ConvGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        value: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(gate, value, conv_weight, conv_bias, weight)
+        hidden = F.gelu(depthwise_conv(gate, conv_weight, conv_bias)).mul_(value)
+        return F.linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        gate, value, conv_weight, conv_bias, weight = ctx.saved_tensors
+        (grad,) = grads
+        with full_precision(gate):
+            conv = depthwise_conv(gate, conv_weight, conv_bias)
+            active = F.gelu(conv)
+            rows = grad.flatten(0, -2)
+            grad_weight = rows.t() @ (active * value).flatten(0, -2)
+            grad_hidden = grad @ weight
+            grad_value = active.mul_(grad_hidden)
+            grad_conv = torch.ops.aten.gelu_backward(grad_hidden.mul_(value), conv)
+            grad_gate, grad_conv_weight, grad_conv_bias = torch.ops.aten.convolution_backward(
+                grad_conv.permute(0, 3, 1, 2),
+                gate.permute(0, 3, 1, 2),
+                conv_weight,
+                conv_bias.shape,
+                stride=(1, 1),
+                padding=(1, 1),
+                dilation=(1, 1),
+                transposed=False,
+                output_padding=(0, 0),
+                groups=len(conv_bias),
+                output_mask=(True, True, True),
+            )
+        grad_gate = grad_gate.permute(0, 2, 3, 1)
+        return grad_gate, grad_value, grad_conv_weight, grad_conv_bias, grad_weight, rows.sum(dim=0)
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1) -> Tensor:
