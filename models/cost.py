@@ -1,13 +1,17 @@
-"""What a forward pass costs, by arithmetic on the configuration and the grids: nothing is run.
+"""What a forward pass costs, by arithmetic on the configuration and the grids.
 
-Invariant: the count follows the published definition of a network, not the way it is computed
-here; a faster form of an operator leaves it unchanged.
+Invariant: the count of our own networks follows their published definition, not the way they are
+computed here; a faster form of an operator leaves it unchanged. Nothing is computed for it.
 Shapes: N queries (tokens of a stage grid), M keys, C width, h heads, D or E hidden width.
 """
 
+from copy import deepcopy
 from math import prod
 
-from .base import Backbone, ModelError, stage_grids
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .base import Backbone, stage_grids
 from .geometry import Geometry
 from .transnext import TransNeXt
 from .transxnet import TransXNet
@@ -19,21 +23,30 @@ def macs(model: Backbone) -> int:
     Counted, at every output position and with the taps that fall on padding: linear layers,
     convolutions (TransXNet's layer scale among them, a depthwise 1x1 convolution), and the
     products of attention, which are queries by keys, weights by values and, in TransNeXt, unit
-    queries by learnable tokens. TransNeXt's position perceptrons count once a block, though a
+    queries by learned tokens. TransNeXt's position perceptrons count once a block, though a
     batch shares their result: the figure is that of a batch of one image. Not counted: biases,
     norms, activations, softmaxes, pooling, resizing, gating, the mixing of dynamic kernels and
     residual sums. The backward pass takes about twice as much again.
 
-    The model may be on the meta device. Raises ModelError for a backbone of another family.
+    The model may be on the meta device, and must not be sharded. Other families are counted by
+    torch's own counter, which sees matrix products, convolutions and fused attention.
     """
     if isinstance(model, TransNeXt):
         return _transnext(model)
     if isinstance(model, TransXNet):
         return _transxnet(model)
-    raise ModelError(
-        f"multiply-adds are known for TransNeXt and TransXNet, not for {type(model).__name__}; "
-        "count them with torch.utils.flop_counter"
-    )
+    return _counted(model)
+
+
+def _counted(model: Backbone) -> int:
+    """What torch's counter sees in a copy without weights, on the meta device."""
+    tensors = (*model.parameters(), *model.buffers())
+    weightless = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
+    copied = deepcopy(model, weightless).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copied(torch.empty(1, 3, *model.size, device="meta"))
+    flops: int = counter.get_total_flops()
+    return flops // 2
 
 
 def _transnext(model: TransNeXt) -> int:
