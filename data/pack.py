@@ -3,17 +3,22 @@
 Owns what a packed data set looks like on disk. Invariant: the output folder appears whole or not
 at all: everything is written in a folder beside it, which is renamed when the manifest is in
 place. The same source, seed and shard size give the same bytes.
-webdataset writes the tars, so that every tool that reads its format reads ours.
+webdataset writes the tars, so that every tool that reads its format reads ours; psutil knows
+whether the process that left a folder behind is gone.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import webdataset
 from numpy.typing import NDArray
 
@@ -76,18 +81,36 @@ def pack(
         raise DataError(f"{out} is in the way: it holds no packed data set; remove or rename it")
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard {samples_per_shard} must be at least 1")
-    beside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if out.resolve() == Path.cwd():
+        raise DataError(f"{out} is the current folder, which cannot be replaced; name another")
+    beside = _folder_beside(out)
     try:
         _write_shards(source, beside, out, samples_per_shard, seed, progress)
         manifest = build(beside, classes=source.classes, progress=lambda _: None)
         (beside / RECIPE).write_text(json.dumps(recipe))
-        beside.rename(out)
+        try:
+            beside.rename(out)
+        except OSError:
+            if not (out / MANIFEST).is_file():
+                raise
+            return _accept(out, recipe, progress)  # another process was faster
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     progress(f"packed {len(source)} samples into {len(manifest.shards)} shards: {out / MANIFEST}")
     return manifest
+
+
+def _folder_beside(out: Path) -> Path:
+    """Make a folder that no other process packs into; remove what killed ones left beside `out`."""
+    prefix = f".{out.name}.part-{socket.gethostname()}-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{prefix}{os.getpid()}")
+    for path in out.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix)
+        if path == beside or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+    beside.mkdir()
+    return beside
 
 
 def _write_shards(
@@ -129,8 +152,7 @@ def _suffix(image: bytes, source: Source, id: int) -> str:
 
 def _accept(out: Path, recipe: dict[str, object], progress: Callable[[str], None]) -> Manifest:
     """Return the manifest of a finished `out`; raises DataError if it was packed otherwise."""
-    found = json.loads((out / RECIPE).read_text()) if (out / RECIPE).is_file() else None
-    if found != recipe:
+    if _recipe_of(out) != recipe:
         raise DataError(
             f"{out} already holds a data set packed from other data or with other settings; "
             "remove it, or choose another folder"
@@ -140,3 +162,11 @@ def _accept(out: Path, recipe: dict[str, object], progress: Callable[[str], None
         check_shard(out, shard)
     progress(f"{out / MANIFEST} is there already")
     return manifest
+
+
+def _recipe_of(out: Path) -> object:
+    """Return what `out` was packed from, or None where nothing readable says so."""
+    try:
+        return json.loads((out / RECIPE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import webdataset
 
 from data.base import DataError
 from data.folder import FolderSource, SyntheticSource
+from data.index import Manifest
 from data.pack import pack, pack_folder
 from data.webdataset import TarSource
 
@@ -76,6 +78,22 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_a_data_set_that_does_not_say_what_it_was_packed_from_is_refused(tmp_path, content):
+    pack(SOURCE, tmp_path / "out", progress=quiet)
+    (tmp_path / "out" / "pack.json").unlink()
+    if content is not None:
+        (tmp_path / "out" / "pack.json").write_text(content)
+    with pytest.raises(DataError, match="packed from other data or with other settings"):
+        pack(SOURCE, tmp_path / "out", progress=quiet)
+
+
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is the current folder"):
+        pack(SOURCE, Path("."), progress=quiet)
+
+
 def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(tmp_path):
     pack(SOURCE, tmp_path / "out", samples_per_shard=20, progress=quiet)
     (tmp_path / "out" / "out-000001.tar").unlink()
@@ -102,25 +120,58 @@ def test_a_bad_sample_is_named_and_leaves_nothing_behind(tmp_path, content, mess
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
+@contextmanager
+def another_process_packing(out):
+    """Another process in the midst of packing fifty samples of size 9 into `out`."""
     program = (
         "import sys; from pathlib import Path; from data.pack import pack;"
         "from data.folder import SyntheticSource;"
-        "pack(SyntheticSource(num_samples=4000, size=32), Path(sys.argv[1]), samples_per_shard=100)"
+        "source = SyntheticSource(num_samples=50, num_classes=5, size=9);"
+        "report = lambda line: (print(line, flush=True), sys.stdin.readline());"
+        "pack(source, Path(sys.argv[1]), samples_per_shard=10, progress=report)"
     )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(out)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline().startswith("wrote ")
+        yield process
+
+
+def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("wrote ")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with another_process_packing(out) as process:
+        process.send_signal(signal.SIGKILL)
     assert not out.exists()
+    (tmp_path / "2147483647").mkdir()  # a folder of the user's, named like a process
     pack(SOURCE, out, progress=quiet)
     assert len(TarSource(out)) == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2147483647", "out"]
+
+
+def test_two_packs_into_one_folder_leave_each_other_alone(tmp_path):
+    out = tmp_path / "out"
+    with another_process_packing(out) as process:
+        manifest = pack(SOURCE, out, progress=quiet)
+        _, error = process.communicate("\n" * 50)
+    assert "packed from other data" in error
+    assert Manifest.load(out) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    same = tmp_path / "same"
+    with another_process_packing(same) as process:
+        pack(
+            SyntheticSource(num_samples=50, num_classes=5, size=9),
+            same,
+            samples_per_shard=10,
+            progress=quiet,
+        )
+        assert process.communicate("\n" * 50)[1] == ""
+    assert len(TarSource(same)) == 50
 
 
 def test_an_image_folder_keeps_its_splits_and_class_names(tmp_path):
