@@ -312,7 +312,7 @@ def _unit(x: Tensor) -> Tensor:
 def _unit_backward(x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of `_unit` at `x`; a length below its floor of 1e-12 counts as constant."""
     x = widen(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     unit = x / length.clamp_min(1e-12)
     along = (unit * grad).sum(dim=-1, keepdim=True) * (length > 1e-12)
     return (grad - unit * along) / length.clamp_min(1e-12)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +37,15 @@ def close(value, reference):
     assert value.shape == reference.shape
     error = (value - reference).abs().max() / max(1.0, reference.abs().max())
     assert error < 1e-10
+
+
+def agree(module, x, value, reference):
+    """Values, and gradients of a random projection with respect to input and parameters."""
+    close(value, reference)
+    probe, targets = random_map(7, *value.shape), [x, *module.parameters()]
+    grads, expected = (torch.autograd.grad(out, targets, probe) for out in (value, reference))
+    for grad, other in zip(grads, expected, strict=True):
+        close(grad, other)
 
 
 def gelu(x):
@@ -97,13 +106,14 @@ def naive_aggregated(attn, x, pool, span):
 
 @quick
 @given(grid=grids, ratio=st.integers(2, 3), heads=st.integers(1, 3), span=grids)
+@example(grid=(9, 8), ratio=4, heads=1, span=(9, 8))  # beyond the small grids' own form
 def test_aggregated_attention(grid, ratio, heads, span):
     pool = tuple(max(1, side // ratio) for side in grid)
     attn = randomised(AggregatedAttention(4 * heads, heads), seed=heads)
     plan = StagePlan(grid, pool, grid, pool, span, windowed=True)
     geometry = stage_geometry(plan, device=torch.device("cpu"))
-    x = random_map(1, 2, *grid, 4 * heads)
-    close(attn(x, geometry), naive_aggregated(attn, x, pool, span))
+    x = random_map(1, 2, *grid, 4 * heads).requires_grad_()
+    agree(attn, x, attn(x, geometry), naive_aggregated(attn, x, pool, span))
 
 
 @quick
@@ -112,13 +122,13 @@ def test_cosine_attention(grid, heads, span):
     attn = randomised(Attention(4 * heads, heads), seed=heads)
     plan = StagePlan(grid, grid, grid, grid, span, windowed=False)
     geometry = stage_geometry(plan, device=torch.device("cpu"))
-    x = random_map(1, 2, *grid, 4 * heads)
+    x = random_map(1, 2, *grid, 4 * heads).requires_grad_()
     q, k, v = attn.qkv(x).flatten(1, 2).unflatten(-1, (3, heads, 4)).permute(2, 0, 3, 1, 4)
     scale = F.softplus(attn.temperature) * math.log(grid[0] * grid[1])
     logits = (unit(q) + attn.query_embedding) * scale @ unit(k).mT
     weights = (logits + position_bias(attn, grid, grid, span)).softmax(-1)
     reference = attn.proj((weights @ v).transpose(1, 2).flatten(2)).unflatten(1, grid)
-    close(attn(x, geometry), reference)
+    agree(attn, x, attn(x, geometry), reference)
 
 
 def windows(x):
@@ -151,7 +161,7 @@ def test_window_operators(grid):
 @given(grid=grids, width=st.integers(1, 6), ratio=st.sampled_from([2, 4, 8]))
 def test_conv_glu(grid, width, ratio):
     mlp = randomised(ConvGLU(width, ratio), seed=width)
-    x = random_map(1, 2, *grid, width)
+    x = random_map(1, 2, *grid, width).requires_grad_()
     hidden = int(2 * int(width * ratio) / 3)
     gate, value = mlp.fc1(x).split(hidden, dim=-1)
     conv = mlp.dwconv.dwconv
@@ -161,7 +171,7 @@ def test_conv_glu(grid, width, ratio):
         for a in range(3)
         for b in range(3)
     )
-    close(mlp(x), mlp.fc2(gelu(gate) * value))
+    agree(mlp, x, mlp(x), mlp.fc2(gelu(gate) * value))
 
 
 def batch_norm(norm, x):
