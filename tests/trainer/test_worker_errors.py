@@ -114,6 +114,16 @@ def alter_the_data_manifest(case):
     return "the cursor belongs to data set", "restore the data, or start a new run"
 
 
+def rename_a_class_for_evaluation(case):
+    """As a folder does that only one of the splits has: the labels behind it mean others."""
+    path = case.folder / "val" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["classes"][3] = ".ipynb_checkpoints"
+    path.write_text(json.dumps(values))
+    said = f"{case.folder / 'val'} has other classes than {case.folder / 'train'}: class 3 is "
+    return f"{said}.ipynb_checkpoints, not class_3", "both must have the same"
+
+
 def damage_every_checkpoint(case):
     path = next(case.checkpoint.glob("*.safetensors"))
     content = bytearray(path.read_bytes())
@@ -133,6 +143,7 @@ def damage_every_checkpoint(case):
         truncate_a_shard,
         garble_the_data_manifest,
         alter_the_data_manifest,
+        rename_a_class_for_evaluation,
         damage_every_checkpoint,
     ],
 )
@@ -144,16 +155,16 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(case, spoil):
     assert left == case.before, "the last good checkpoint is untouched"
 
 
-def test_a_checkpoint_of_another_model_is_named_with_its_shapes(case):
+def test_a_checkpoint_of_another_model_is_named(case):
     """The folder of a run with other settings, into which somebody copied a checkpoint."""
     arguments = ("--model.name", "transxnet_pico")
     shutil.move(case.run, case.folder / "other")
     assert pretrain([*command(case.run, case.folder, *arguments), "--prepare"]).returncode == 0
     shutil.copytree(case.folder / "other" / "checkpoints", case.run / "checkpoints")
     done = pretrain(command(case.run, case.folder, *arguments))
-    assert_one_line(done, f"{case.checkpoint} is a checkpoint of another model: it holds ")
-    assert "the model has (" in done.stderr
-    assert "not at all" in done.stderr or "in shape (" in done.stderr
+    assert_one_line(
+        done, f"{case.checkpoint} is a checkpoint of transnext_pico, not of transxnet_pico"
+    )
 
 
 def test_a_wrong_number_of_classes_names_the_setting(case):
