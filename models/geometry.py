@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .base import ModelError
+
 Pair = tuple[int, int]
 BUFFERS = ("rows", "columns", "pairs", "key_count", "outside")
 
@@ -50,6 +52,29 @@ class StagePlan(NamedTuple):
     bias_pool: Pair
     span: Pair
     windowed: bool
+
+
+def stage_plan(
+    grid: Pair, *, bias_grid: Pair, span: Pair, sr_ratio: int, fixed_pool_size: int | None
+) -> StagePlan:
+    """The sizes of a stage whose keys are the grid itself, or pooled where `sr_ratio` is above 1.
+
+    Raises ModelError for a `fixed_pool_size` beyond the grid.
+    """
+
+    def pool(grid: Pair) -> Pair:
+        if sr_ratio == 1:
+            return grid
+        if fixed_pool_size is None:
+            return max(1, grid[0] // sr_ratio), max(1, grid[1] // sr_ratio)
+        if not 1 <= fixed_pool_size <= min(grid):
+            raise ModelError(
+                f"fixed_pool_size is {fixed_pool_size}, but a stage has {grid[0]}x{grid[1]} "
+                f"tokens; choose at most {min(grid)} or larger images"
+            )
+        return fixed_pool_size, fixed_pool_size
+
+    return StagePlan(grid, pool(grid), bias_grid, pool(bias_grid), span, windowed=sr_ratio > 1)
 
 
 def _log_offset(doubled: Tensor, span: int) -> Tensor:

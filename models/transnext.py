@@ -7,23 +7,18 @@ Shapes: B batch, H×W stage grid, N = H·W tokens, C width, h heads, M pooled to
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
-from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry
-from .kernels import (
-    aggregated_attention,
-    conv_glu,
-    cosine_attention,
-    pair_perceptron,
-    pooled_gelu,
-)
-from .kernels.eager import full_precision, widen
+from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry, stage_plan
+from .kernels import aggregated_attention, conv_glu, cosine_attention, pooled_gelu
+from .kernels.eager import widen
 from .layers import Conv, Depthwise, Pointwise, drop_path
+from .position import PositionBias
 
 PositionMode = Literal["extrapolate", "interpolate"]
 
@@ -43,42 +38,6 @@ class TransNeXtConfig:
     mlp_ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
     sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
     stem_stride: int = 4
-
-
-class PositionBias(nn.Module):
-    """Mixin of both attentions: the log-spaced continuous position bias, `cpb_fc1` and `cpb_fc2`.
-
-    The two-layer perceptron runs once on every distinct pair of offsets, in float32.
-    """
-
-    cpb_fc1: nn.Linear
-    cpb_fc2: nn.Linear
-
-    def position_bias(self, geometry: Geometry) -> Tensor:
-        """The bias [h, N, M] added to the logits."""
-        weight, hidden_bias = widen(self.cpb_fc1.weight), widen(self.cpb_fc1.bias)
-        with full_precision(weight):
-            rows, columns = geometry.features(weight.dtype)
-            # A linear layer on (row, column) pairs is a sum of one term per axis.
-            row_term = rows[:, None] * weight[:, 0]
-            column_term = columns[:, None] * weight[:, 1] + hidden_bias
-            table = pair_perceptron(row_term, column_term, widen(self.cpb_fc2.weight))
-            table = table + widen(self.cpb_fc2.bias)
-            bias = F.embedding(geometry.pairs, table.flatten(0, 1)).t()
-            return _fit(bias, geometry)
-
-
-def _fit(bias: Tensor, geometry: Geometry) -> Tensor:
-    """[h, N·M] over the bias grids as [h, N, M] over the true ones, interpolated if they differ."""
-    plan, num_heads = geometry.plan, bias.shape[0]
-    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.pool)
-    if (plan.bias_grid, plan.bias_pool) == (plan.grid, plan.pool):
-        return bias.reshape(num_heads, num_queries, num_keys)
-    bias = bias.reshape(-1, 1, *plan.bias_pool)
-    bias = F.interpolate(bias, plan.pool, mode="bilinear")
-    bias = bias.reshape(num_heads, *plan.bias_grid, num_keys).permute(0, 3, 1, 2)
-    bias = F.interpolate(bias, plan.grid, mode="bilinear")
-    return bias.permute(0, 2, 3, 1).reshape(num_heads, num_queries, num_keys)
 
 
 class AggregatedAttention(PositionBias):
@@ -176,10 +135,23 @@ class ConvGLU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + DropPath(attention(norm(x))), then x + DropPath(ConvGLU(norm(x)))."""
+    """x + DropPath(attention(norm(x))), then x + DropPath(ConvGLU(norm(x))).
+
+    With a layer scale, each branch is multiplied by a gain a channel before it is added.
+    """
+
+    layer_scale_1: nn.Parameter | None
+    layer_scale_2: nn.Parameter | None
 
     def __init__(
-        self, width: int, *, num_heads: int, mlp_ratio: int, sr_ratio: int, drop_path: float
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        mlp_ratio: int,
+        sr_ratio: int,
+        drop_path: float,
+        layer_scale: bool,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -187,13 +159,22 @@ class ResidualBlock(nn.Module):
         self.attn = mixer(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = ConvGLU(width, mlp_ratio)
+        for name in ("layer_scale_1", "layer_scale_2"):
+            gain = nn.Parameter(torch.empty(width)) if layer_scale else None
+            self.register_parameter(name, gain)
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, geometry: Geometry, noise: Tensor | None) -> Tensor:
         """x [B, H, W, C], noise [2, B] or None -> [B, H, W, C]."""
         first, second = (None, None) if noise is None else noise.unbind()
-        x = x + drop_path(self.attn(self.norm1(x), geometry), first, self.drop_path)
-        return x + drop_path(self.mlp(self.norm2(x)), second, self.drop_path)
+        mixed = _times(self.attn(self.norm1(x), geometry), self.layer_scale_1)
+        x = x + drop_path(mixed, first, self.drop_path)
+        fed = _times(self.mlp(self.norm2(x)), self.layer_scale_2)
+        return x + drop_path(fed, second, self.drop_path)
+
+
+def _times(x: Tensor, gain: Tensor | None) -> Tensor:
+    return x if gain is None else x * gain
 
 
 class PatchEmbed(nn.Module):
@@ -216,8 +197,10 @@ class TransNeXt(Backbone):
     `pretrain_size` scales the coordinates of the position bias (default: `img_size`);
     `fixed_pool_size` pools every aggregating stage to that many cells a side at any input size.
     At another input size than `img_size`, `position_mode` "extrapolate" (the default) evaluates
-    the bias there and "interpolate" resizes the one of `img_size`. Raises ModelError
-    for a `fixed_pool_size` beyond a grid.
+    the bias there and "interpolate" resizes the one of `img_size`. `layer_scale` is the initial
+    gain of every residual branch (CaiT, arXiv 2103.17239), which keeps deep and wide variants
+    stable at the start; None, as published, leaves the gains out. Raises ModelError for a
+    `fixed_pool_size` beyond a grid.
     """
 
     def __init__(
@@ -228,6 +211,7 @@ class TransNeXt(Backbone):
         pretrain_size: Pair | None,
         fixed_pool_size: int | None,
         position_mode: PositionMode | None,
+        layer_scale: float | None = None,
         drop_path: float,
         num_classes: int,
     ) -> None:
@@ -240,6 +224,7 @@ class TransNeXt(Backbone):
         self.pretrain_size = pretrain_size or img_size
         self.fixed_pool_size = fixed_pool_size
         self.position_mode = position_mode
+        self.layer_scale = layer_scale
         self.num_classes = num_classes
         self.drop_path = drop_path_rates(drop_path, num_blocks=sum(config.depths))
         rates = iter(self.drop_path)
@@ -271,6 +256,7 @@ class TransNeXt(Backbone):
                 mlp_ratio=config.mlp_ratios[stage],
                 sr_ratio=config.sr_ratios[stage],
                 drop_path=rate,
+                layer_scale=self.layer_scale is not None,
             )
             for rate in rates
         )
@@ -338,32 +324,15 @@ class TransNeXt(Backbone):
         return Geometry(self._plans[stage - 1], *tensors)
 
     def _plan(self, stage: int, size: Pair) -> StagePlan:
+        stride = self.config.stem_stride
         bias_size = self.img_size if self.position_mode == "interpolate" else size
-        grid, bias_grid, span = (
-            stage_grids(each, stem_stride=self.config.stem_stride)[stage]
-            for each in (size, bias_size, self.pretrain_size)
+        return stage_plan(
+            stage_grids(size, stem_stride=stride)[stage],
+            bias_grid=stage_grids(bias_size, stem_stride=stride)[stage],
+            span=stage_grids(self.pretrain_size, stem_stride=stride)[stage],
+            sr_ratio=self.config.sr_ratios[stage],
+            fixed_pool_size=self.fixed_pool_size,
         )
-        return StagePlan(
-            grid=grid,
-            pool=self._pool(grid, stage),
-            bias_grid=bias_grid,
-            bias_pool=self._pool(bias_grid, stage),
-            span=span,
-            windowed=self.config.sr_ratios[stage] > 1,
-        )
-
-    def _pool(self, grid: Pair, stage: int) -> Pair:
-        ratio, side = self.config.sr_ratios[stage], self.fixed_pool_size
-        if ratio == 1:
-            return grid
-        if side is None:
-            return max(1, grid[0] // ratio), max(1, grid[1] // ratio)
-        if not 1 <= side <= min(grid):
-            raise ModelError(
-                f"fixed_pool_size is {side}, but the grid of stage {stage + 1} has "
-                f"{grid[0]}x{grid[1]} tokens; choose at most {min(grid)} or larger images"
-            )
-        return side, side
 
     def no_weight_decay(self, name: str, parameter: Tensor) -> bool:
         """Biases, vectors, query embeddings, local and continuous position bias, temperatures."""
@@ -386,6 +355,9 @@ class TransNeXt(Backbone):
                 module.reset_parameters()
             elif isinstance(module, Attention | AggregatedAttention):
                 _init_attention(module)
+            elif isinstance(module, ResidualBlock) and self.layer_scale is not None:
+                for gain in (module.layer_scale_1, module.layer_scale_2):
+                    nn.init.constant_(cast(Tensor, gain), self.layer_scale)
 
 
 def _init_linear(module: nn.Linear) -> None:
