@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,11 @@ from typing import Any
 import psutil
 
 from .process import REQUEUE, Failure, failure_file, stopping_signals
+
+_ENDED_BY_SIGNAL = re.compile(r"rank +: ([0-9]+) \(local_rank: [0-9]+\)\s+exitcode +: -([0-9]+)")
+"""How torchrun reports a worker that a signal ended."""
+_FULL = 2**16
+"""Bytes left on a disk that is full for all that is worth writing."""
 
 
 def launch(run_dir: Path, *, num_processes: int) -> int:
@@ -34,21 +41,24 @@ class Workers:
     """The running workers of a run folder; leaving the context kills those that still run.
 
     Rank 0 prints to this process's stdout. Every rank's log is RUN/logs/rank_00000.log and so on,
-    and what torchrun itself has to say is in RUN/logs/launcher.log.
+    and what torchrun itself has to say is in RUN/logs/launcher.log. `asked` lists the signals that
+    have asked for a stop.
     """
 
     def __init__(self, run_dir: Path, *, num_processes: int) -> None:
         self.run_dir = run_dir
         self.num_processes = num_processes
+        self.asked: list[signal.Signals] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
-        self._asked: list[signal.Signals] = []
+        self._log_begin = 0
 
     def __enter__(self) -> Workers:
         self._log().parent.mkdir(exist_ok=True)
         failure_file(self.run_dir).unlink(missing_ok=True)
         self._handlers = {n: signal.signal(n, self._forward) for n in stopping_signals()}
         with self._log().open("ab") as log:
+            self._log_begin = log.tell()
             self._process = subprocess.Popen(
                 worker_command(self.run_dir, num_processes=self.num_processes),
                 env=worker_environment(self.run_dir / "code", num_processes=self.num_processes),
@@ -56,7 +66,7 @@ class Workers:
                 stderr=log,
                 start_new_session=True,
             )
-        if self._asked:  # while the process was being made
+        if self.asked:  # while the process was being made
             self.kill()
         return self
 
@@ -93,43 +103,60 @@ class Workers:
     def exit_code(self) -> int:
         """Say on stderr why workers that ended did not succeed, and return their exit code."""
         assert self._process is not None, "enter the context first"
-        status, failure = self._process.wait(), Failure.read(self.run_dir)
+        status = self._process.wait()
         if status == 0:
             return 0
-        if failure is None:
-            return self._unexplained(status)
-        if failure.code == REQUEUE:
-            print(f"stopped: {failure.message}", file=sys.stderr)
-        elif failure.code == 1:
-            where = self.run_dir / "logs" / f"rank_{failure.rank:05d}.log"
-            print(f"{failure.message}\nrank {failure.rank} failed: see {where}", file=sys.stderr)
-        else:
-            print(f"error: {failure.message}", file=sys.stderr)
-        return failure.code
-
-    def _unexplained(self, status: int) -> int:
-        """Report workers that died without a word, as a kill or a crash in C code leaves them."""
-        if self._asked:
-            name = self._asked[0].name
-            print(f"stopped: {name} came before the run could be saved", file=sys.stderr)
-            return 128 + self._asked[0]
-        code = 128 - status if status < 0 else status
-        print(
-            f"error: the workers died without a report (exit code {code}): see "
-            f"{self.run_dir / 'logs'}",
-            *self._log().read_text(errors="replace").splitlines()[-20:],
-            sep="\n    ",
-            file=sys.stderr,
-        )
+        code, message = self._cause(status, Failure.read(self.run_dir))
+        print(message, file=sys.stderr)
         return code
+
+    def _cause(self, status: int, failure: Failure | None) -> tuple[int, str]:
+        """Return the exit code of workers that did not succeed, and why they did not.
+
+        A rank that is killed says nothing, and those that waited for it fail with a traceback.
+        """
+        logs, killed = self.run_dir / "logs", self._killed(status)
+        if failure is not None and failure.code != 1:
+            word = "stopped" if failure.code == REQUEUE else "error"
+            return failure.code, f"{word}: {failure.message}"
+        if failure is None and self.asked:
+            said = f"stopped: {self.asked[0].name} came before the run could be saved"
+            return 128 + self.asked[0], said
+        if killed is not None:
+            rank, number = killed
+            why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+            return 128 + number, f"error: rank {rank} was ended by {number.name}{why}: see {logs}"
+        if failure is not None:
+            where = logs / f"rank_{failure.rank:05d}.log"
+            return 1, f"{failure.message}\nrank {failure.rank} failed: see {where}"
+        if shutil.disk_usage(self.run_dir).free < _FULL:
+            return 2, f"error: the disk of {self.run_dir} is full: make room and start again"
+        code = 128 - status if status < 0 else status
+        said = f"error: the workers died without a report (exit code {code}): see {logs}"
+        return code, "\n    ".join([said, *self._said().splitlines()[-20:]])
+
+    def _killed(self, status: int) -> tuple[int, signal.Signals] | None:
+        """Return a rank that a signal ended, and the signal, but for torchrun's own SIGTERM."""
+        ended = [
+            (int(rank), int(number)) for rank, number in _ENDED_BY_SIGNAL.findall(self._said())
+        ]
+        if status < 0 and self.num_processes == 1:
+            ended = [(0, -status)]
+        return next(((r, signal.Signals(n)) for r, n in ended if n != signal.SIGTERM), None)
+
+    def _said(self) -> str:
+        """Return what torchrun had to say since this start."""
+        with self._log().open("rb") as log:
+            log.seek(self._log_begin)
+            return log.read().decode(errors="replace")
 
     def _log(self) -> Path:
         return self.run_dir / "logs" / "launcher.log"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on to the workers, past torchrun, which would give them 30 seconds."""
-        self._asked.append(signal.Signals(number))
-        if number == signal.SIGINT and len(self._asked) > 1:
+        self.asked.append(signal.Signals(number))
+        if number == signal.SIGINT and len(self.asked) > 1:
             self.kill()
         elif self._process is not None:
             for process in self._workers():

@@ -202,5 +202,5 @@ class Failure:
 
 
 def failure_file(run_dir: Path) -> Path:
-    """Return where a run's failure is left; a launcher removes it before it starts workers."""
+    """Return where a run's failure is left; whoever starts the run again removes it."""
     return run_dir / "logs" / "failure.json"

@@ -46,9 +46,10 @@ def prepare(config: RunConfig) -> Path:
             _create(path, config)
         _continue(path, config)
     except OSError as error:
+        # Copying a tree goes on after an error and reports them all: (source, target, why).
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
         raise UserError(
-            f"cannot write the run folder {path}: {error.strerror}; mend that or give another "
-            "--run-dir"
+            f"cannot write the run folder {path}: {why}; mend that or give another --run-dir"
         ) from error
     return path
 
@@ -106,8 +107,11 @@ def _continue(path: Path, config: RunConfig) -> None:
             "the folder to start anew"
         )
     beside = file.with_name(f".config.json.{uuid.uuid4().hex}")
-    beside.write_text(config.to_json())
-    beside.replace(file)
+    try:
+        beside.write_text(config.to_json())
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def conflicts(old: RunConfig, new: RunConfig) -> list[str]:

@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from launcher.process import REQUEUE, Failure, Process, open_log
+from launcher.process import REQUEUE, Failure, Process, failure_file, open_log
 
 from .config import RunConfig, UserError
 
@@ -35,12 +35,15 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     console = open_log(Path(config.run_dir), process.rank)
+    if process.rank == 0:
+        failure_file(Path(config.run_dir)).unlink(missing_ok=True)  # an earlier start's
     failure = run(config, process)
     if failure is None:
         return DONE
     failure.leave(Path(config.run_dir))
     word = "stopped" if failure.code == REQUEUE else "error"
-    print(f"{word}: {failure.message}", file=console, flush=True)
+    with contextlib.suppress(OSError):  # under a launcher, it is a log on the same disk
+        print(f"{word}: {failure.message}", file=console, flush=True)
     return failure.code
 
 

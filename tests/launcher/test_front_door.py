@@ -146,6 +146,21 @@ def test_other_commands_get_their_arguments_and_give_their_exit_code():
     assert "usage: foveate data pack" in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments in (["--help"], ["pretrain", "transnext_base", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", *arguments],
+            env=python_environment(rundir.CODE),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (128 + 13, "")
+    os.close(writer)
+
+
 def test_the_console_script_is_installed():
     script = Path(sys.executable).with_name("foveate")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, cwd=os.sep)

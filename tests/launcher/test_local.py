@@ -115,13 +115,29 @@ def test_a_bug_shows_its_traceback_and_the_log(run_dir):
     assert err.endswith("logs/rank_00001.log\n")
 
 
-@pytest.mark.parametrize(("num_processes", "expected"), [(1, 128 + 9), (2, 1)])
-def test_workers_that_die_without_a_word_are_reported(run_dir, num_processes, expected):
-    body = f"os.kill(os.getpid(), signal.SIGKILL) if process.rank == {num_processes - 1} else 0"
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_rank_that_was_killed_is_the_cause_whatever_the_others_report(run_dir, num_processes):
+    body = f"""
+    import psutil
+    pid = Path(run_dir, "pid")
+    if process.rank == {num_processes - 1}:
+        pid.with_suffix(".part").write_text(str(os.getpid()))
+        pid.with_suffix(".part").rename(pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not pid.exists() or psutil.Process(int(pid.read_text())).status() != "zombie":
+        os.sched_yield()
+    fail(1, "Traceback ...\\nRuntimeError: Connection closed by peer")
+    """
     code, _, err = _launch(run_dir, body, num_processes=num_processes)
-    assert code == expected
-    assert err.startswith(f"error: the workers died without a report (exit code {expected})")
-    assert str(run_dir / "logs") in err
+    assert (code, err.count("\n")) == (128 + 9, 1)
+    assert err.startswith(f"error: rank {num_processes - 1} was ended by SIGKILL, as the system ")
+    assert err.endswith(f"when memory runs out: see {run_dir / 'logs'}\n")
+
+
+def test_workers_that_end_without_a_word_are_reported_with_what_they_left(run_dir):
+    code, _, err = _launch(run_dir, "os._exit(5)", num_processes=1)
+    said = f"error: the workers died without a report (exit code 5): see {run_dir / 'logs'}\n"
+    assert (code, err) == (5, said)
 
 
 def test_an_old_failure_is_not_read_again(run_dir):

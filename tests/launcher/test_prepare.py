@@ -11,6 +11,7 @@ import pytest
 
 from launcher import demo, rundir
 from launcher.local import python_environment
+from launcher.process import Failure
 
 
 @pytest.mark.slow
@@ -41,6 +42,7 @@ def test_srun_workers_train_a_prepared_run(tmp_path):
         "SLURM_NODEID": "0",
         "OMP_NUM_THREADS": "1",
     }
+    Failure(rank=1, code=1, message="of an earlier start").leave(run_dir)
     workers = [
         subprocess.Popen(
             [sys.executable, *srun[2:]],
@@ -51,4 +53,5 @@ def test_srun_workers_train_a_prepared_run(tmp_path):
     ]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     assert demo.finished(run_dir)
+    assert Failure.read(run_dir) is None
     assert demo.metrics(run_dir)[0]["world_size"] == 2

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from launcher import rundir
 from launcher.local import python_environment
+from tests.trainer.disk import on_small_disk
 from trainer.config import RunConfig, UserError, override
 from trainer.recipes import recipe
 
@@ -134,14 +134,21 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         rundir.prepare(_config(tmp_path / "file" / "a"))
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr("shutil.copytree", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        rundir.prepare(_config(tmp_path / "a"))
-    assert list(tmp_path.iterdir()) == []
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    prepare = [sys.executable, "-m", "launcher", "pretrain", "demo", "--prepare"]
+    # The shell looks at the disk before it is gone.
+    look = ["sh", "-c", '"$@"; code=$?; ls -A "$0"; exit $code', str(tmp_path), *prepare]
+    done = subprocess.run(
+        on_small_disk(tmp_path, [*look, "--run-dir", str(tmp_path / "a")], num_bytes=100_000),
+        env=python_environment(rundir.CODE),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write the run folder {tmp_path / 'a'}: ")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == "", "nothing is left behind"
 
 
 def _prepare(folder: str, decay: float, start, answers) -> None:
