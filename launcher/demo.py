@@ -19,7 +19,7 @@ from trainer.config import RunConfig, override
 from trainer.recipes import recipe
 
 from . import rundir
-from .local import Workers, launch, python_environment
+from .local import Workers, launch, num_gpus, python_environment
 
 NUM_PROCESSES = 2
 CRASH_AFTER = 0.4
@@ -35,8 +35,10 @@ def run(overrides: Sequence[str] = ()) -> int:
     The images are fetched and packed if they are not there. Past 40 % of the steps, once a
     checkpoint is complete, all processes of the run are killed; the run is started again and goes
     on from that checkpoint. At the end the weights are exported for timm. A run that is complete
-    already is only summed up.
+    already is only summed up. With fewer than two GPUs it all happens on the CPU.
     """
+    if num_gpus() < NUM_PROCESSES:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes cannot share one
     config = override(recipe("demo"), overrides) if overrides else recipe("demo")
     seconds: dict[str, float] = {}
     try:
@@ -96,7 +98,8 @@ def _pretrain(run_dir: Path) -> None:
             point = None
             while point is None and workers.running(seconds=0.2):
                 point = crash_point(run_dir)
-            if point is None:  # it ended before: by a failure, or by too few checkpoints
+            # It ended before, by a failure or by too few checkpoints, or was asked to.
+            if point is None or workers.asked:
                 _check(workers.exit_code())
                 return
             workers.kill()

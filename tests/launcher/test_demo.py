@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -87,6 +88,34 @@ def test_the_demonstration_crashes_resumes_and_exports(tmp_path):
     assert other.returncode == 2
     assert other.stderr.startswith("error: ")
     assert other.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_demonstration_that_is_told_to_stop_does_so_instead_of_crashing(tmp_path):
+    """Its checkpoint is the first one past 40 %, after which it would have crashed."""
+    arguments = [
+        *("demo", "--run-dir", str(tmp_path / "demo"), "--data.source", "synthetic"),
+        *("--data.train", "num_samples=160,num_classes=10,size=16", "--model.img-size", "16"),
+        *("--data.val", "num_samples=20,num_classes=10,size=16", "--train.epochs", "4"),
+        *("--train.batch-size", "8", "--checkpoint.every", "1000", "--eval.every-epochs", "99"),
+        *("--log.every", "1"),
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "launcher", *arguments],
+        env=python_environment(rundir.CODE),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said = iter(process.stdout)
+        while not next(said).startswith("train step      40/80"):
+            pass
+        process.send_signal(signal.SIGTERM)
+        rest, err = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "crash: " not in rest
+    assert err.endswith("is saved: start the run again to go on\n")
+    assert demo.crash_point(tmp_path / "demo") > 40
 
 
 @pytest.mark.slow
