@@ -25,8 +25,8 @@ def macs(model: Backbone) -> int:
     products of attention, which are queries by keys, weights by values and, in TransNeXt, unit
     queries by learned tokens. TransNeXt's position perceptrons count once a block, though a
     batch shares their result: the figure is that of a batch of one image. Not counted: biases,
-    norms, activations, softmaxes, pooling, resizing, gating, the mixing of dynamic kernels and
-    residual sums. The backward pass takes about twice as much again.
+    norms, activations, softmaxes, pooling, resizing, gating, TransNeXt's layer scale, the mixing
+    of dynamic kernels and residual sums. The backward pass takes about twice as much again.
 
     The model may be on the meta device, and must not be sharded. Other families are counted by
     torch's own counter, which sees matrix products, convolutions and fused attention.
