@@ -1,14 +1,17 @@
 """The models by name, and the one function that builds them.
 
-Invariant: a name fixes everything but input size, pretraining size, drop path and classes.
+Invariant: a name fixes everything but input size, pretraining size, drop path and classes. What
+follows `timm:` is a name of the timm library's.
 """
 
+from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TypedDict
+from functools import partial
 
 import torch
 
 from .base import Backbone, ModelError
+from .timm_model import TimmModel
 from .transnext import PositionMode, TransNeXt, TransNeXtConfig
 from .transxnet import TransXNet, TransXNetConfig
 
@@ -92,34 +95,36 @@ def build(
 ) -> Backbone:
     """Build the backbone `name` for images of `img_size` (a side, or height and width).
 
-    The options are explained at `TransNeXt` and `TransXNet`; `fixed_pool_size` and `position_mode`
-    are TransNeXt's alone. `drop_path` None means the published rate. The model is initialised on
-    the default device; on the meta device `to_empty`, `init_weights` and `reset_buffers` follow.
-    Raises ModelError for an unknown name and for options that do not fit the model.
+    The options are explained at `TransNeXt`, `TransXNet` and `TimmModel`; `pretrain_size` is not
+    timm's, `fixed_pool_size` and `position_mode` are TransNeXt's alone. `drop_path` None means the
+    published rate (of timm's models: 0), `num_classes` 0 a backbone without its linear head. The
+    model is initialised on the default device; on the meta device `to_empty`, `init_weights` and
+    `reset_buffers` follow. Raises ModelError for an unknown name and for options that do not fit
+    the model.
     """
-    if name not in MODELS:
-        nearest = get_close_matches(name, MODELS, n=1, cutoff=0) or [""]
-        raise ModelError(f"unknown model {name!r}; the nearest is {nearest[0]!r}")
-    config = MODELS[name]
-    shared: _Shared = {
-        "img_size": _pair("img_size", img_size),
+    family, rate, known = _family(name)
+    given = {
         "pretrain_size": None if pretrain_size is None else _pair("pretrain_size", pretrain_size),
-        "drop_path": config.drop_path if drop_path is None else drop_path,
-        "num_classes": num_classes,
+        "fixed_pool_size": fixed_pool_size,
+        "position_mode": position_mode,
     }
-    own = {"fixed_pool_size": fixed_pool_size, "position_mode": position_mode}
-    given = [f"{option} (got {value!r})" for option, value in own.items() if value is not None]
-    if given and isinstance(config, TransXNetConfig):
-        raise ModelError(f"{name} has no {' and no '.join(given)}; leave it out")
+    foreign = [
+        f"{option} (got {value!r})"
+        for option, value in given.items()
+        if value is not None and option not in known
+    ]
+    if foreign:
+        raise ModelError(f"{name} has no {' and no '.join(foreign)}; leave it out")
     device = torch.get_default_device()
     with torch.device("meta"):
-        model: Backbone = (
-            TransXNet(config, **shared)
-            if isinstance(config, TransXNetConfig)
-            else TransNeXt(
-                config, fixed_pool_size=fixed_pool_size, position_mode=position_mode, **shared
-            )
+        model = family(
+            img_size=_pair("img_size", img_size),
+            drop_path=rate if drop_path is None else drop_path,
+            num_classes=max(num_classes, 1),
+            **{option: given[option] for option in known},
         )
+        if num_classes == 0:
+            model.reset_classifier(0)
     if device.type != "meta":
         model.to_empty(device=device)
         model.init_weights()
@@ -127,11 +132,18 @@ def build(
     return model
 
 
-class _Shared(TypedDict):
-    img_size: tuple[int, int]
-    pretrain_size: tuple[int, int] | None
-    drop_path: float
-    num_classes: int
+def _family(name: str) -> tuple[Callable[..., Backbone], float, tuple[str, ...]]:
+    """What makes the model `name`, its published drop path, and which options are its own."""
+    if name.startswith("timm:"):
+        return partial(TimmModel, name.removeprefix("timm:")), 0.0, ()
+    if name not in MODELS:
+        nearest = get_close_matches(name, MODELS, n=1, cutoff=0) or [""]
+        raise ModelError(f"unknown model {name!r}; the nearest is {nearest[0]!r}")
+    config = MODELS[name]
+    if isinstance(config, TransXNetConfig):
+        return partial(TransXNet, config), config.drop_path, ("pretrain_size",)
+    options = ("pretrain_size", "fixed_pool_size", "position_mode")
+    return partial(TransNeXt, config), config.drop_path, options
 
 
 def _pair(option: str, size: int | tuple[int, int]) -> tuple[int, int]:
