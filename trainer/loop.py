@@ -7,7 +7,7 @@ what the loop does, it calls by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -89,6 +89,14 @@ class Trainer:
             BadNumericsError: if nothing could be learnt for a whole log interval.
             UserError: if the data or the disk gives out; the last good checkpoint stays.
         """
+        try:
+            return self._train()
+        except BaseException:
+            with suppress(OSError):  # the disk may be what gave out
+                self.metrics.close()
+            raise
+
+    def _train(self) -> bool:
         self._announce()
         shard = self.backend.data_shard
         with closing(self.pipeline.batches(self.state.cursor, shard)) as stream:

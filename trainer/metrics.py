@@ -131,8 +131,7 @@ class MetricLogger:
             self.sinks.board.flush()
 
     def close(self) -> None:
-        """Report what is left and close the files."""
-        self.flush()
+        """Close the files, in which all that was reported then stands; asks no other rank."""
         if self.sinks is not None:
             self.sinks.close()
 
@@ -158,8 +157,9 @@ class _Sinks:
         self._last = (step, time.perf_counter())
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        line = {"kind": kind, "step": step, "time": time.time(), **values}
-        self.jsonl.write(json.dumps(line) + "\n")
+        line = {"kind": kind, "step": step, "time": time.time()}
+        line |= {name: value if _is_json(value) else None for name, value in values.items()}
+        self.jsonl.write(json.dumps(line, allow_nan=False) + "\n")
         self.jsonl.flush()
         if kind in ("train", "eval"):
             for name, value in values.items():
@@ -202,6 +202,11 @@ def _open_lines(path: Path) -> Any:
             file.write(b"\n")
     file.close()
     return path.open("a")
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether JSON knows the value: it has neither infinity nor NaN."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _spell(values: dict[str, Any]) -> str:

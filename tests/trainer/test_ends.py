@@ -54,6 +54,7 @@ def bad_numerics(trainer):
     try:
         trainer.run()
     except BadNumericsError as error:
+        assert trainer.metrics.sinks.jsonl.closed, "what was reported is not on the disk yet"
         return str(error)
     return "none"
 

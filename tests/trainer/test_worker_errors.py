@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.folder import SyntheticSource
 from data.pack import pack
@@ -178,6 +179,29 @@ def test_a_batch_that_does_not_divide_among_the_processes_names_one_that_does(ca
     arguments = ("--run-dir", str(case.folder / "new"), "--nproc", "2", "--train.batch-size", "26")
     done = pretrain(command(case.run, case.folder, *arguments))
     assert_one_line(done, "global batch 26 does not divide by 4 = 2 processes", "use 24")
+
+
+def test_numbers_gone_bad_end_in_code_77_and_are_on_record_to_the_last_step(case):
+    run = case.folder / "new"
+    options = ("--train.epochs", "9", "--eval.every-epochs", "9", "--log.every", "1")
+    diverging = ("--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--optim.clip-grad", "None")
+    done = pretrain(command(run, case.folder, *options, *diverging))
+    assert done.returncode == 77, done.stderr
+    assert done.stderr.startswith("error: gradients were not finite for a whole log interval")
+    assert done.stderr.count("\n") == 1
+    failure = json.loads((run / "logs" / "failure.json").read_text())
+    assert failure["code"] == 77
+
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    written = [json.loads(line, parse_constant=no_constant) for line in text]
+    steps = [line["step"] for line in written if line["kind"] == "train"]
+    assert written[-1]["grad_norm"] is None
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == steps
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
 
 
 def test_a_disk_that_runs_full_midway_leaves_the_last_good_checkpoint(case):
