@@ -100,7 +100,7 @@ def _continue(path: Path, config: RunConfig) -> None:
         raise UserError(
             f"{path} is not a run folder and not empty: give another --run-dir, or remove it"
         )
-    changed = conflicts(RunConfig.from_json(file.read_text(), where=str(file)), config)
+    changed = conflicts(RunConfig.read(file), config)
     if changed:
         raise UserError(
             f"{path} holds another run ({'; '.join(changed)}): give another --run-dir, or remove "

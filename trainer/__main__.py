@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="the run folder's config.json")
     path = parser.parse_args().config
     try:
-        config = read_config(path)
+        config = RunConfig.read(path)
         process = Process.from_environment(os.environ)
         check_origin()
     except UserError as error:
@@ -75,18 +75,6 @@ def explain(error: Exception, run_dir: str) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return USER_ERROR, f"cannot write to {run_dir}: {error.strerror}; make room and start again"
     return BUG, traceback.format_exc()
-
-
-def read_config(path: Path) -> RunConfig:
-    """Read the configuration of a run.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        return RunConfig.from_json(path.read_text(), where=str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def check_origin() -> None:

@@ -11,14 +11,15 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import re
-import types
-import typing
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
-T = TypeVar("T")
+from .typed_json import OtherFields, typed
 
 
 class UserError(Exception):
@@ -173,7 +174,7 @@ class EvalConfig:
     batch_size: int = 1024
     """Images per forward pass over all processes."""
     crop_pct: float = 0.875
-    """Side of the centre crop as a share of the resized image (below 384 pixels; above, none)."""
+    """Side of the centre crop as a share of the resized image (from 384 pixels on, none is cut)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,16 +235,35 @@ class RunConfig:
             UserError: if the text is not JSON or does not fit RunConfig, naming `where`.
         """
         try:
-            return _from_dict(cls, json.loads(text), "")
-        except (ValueError, TypeError, KeyError) as error:
+            return typed(cls, json.loads(text))
+        except OtherFields as error:
+            code = shlex.quote(str(Path(where).absolute().parent / "code"))
+            raise UserError(
+                f"{where} was written by another version of Foveate ({error}): go on with the "
+                f"run's own code, by PYTHONPATH={code} PYTHONSAFEPATH=1 python -m launcher in "
+                "place of foveate"
+            ) from None
+        except ValueError as error:
             raise UserError(f"{where} is not a run configuration: {error}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        """Read a run's config.json.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        try:
+            return cls.from_json(path.read_text(), where=str(path))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 _POSITIVE = (
-    "model.img_size", "model.num_classes", "data.num_workers", "data.prefetch", "data.repeats",
-    "train.epochs", "train.batch_size", "train.accumulate", "optim.lr", "optim.eps",
-    "optim.clip_grad", "eval.every_epochs", "eval.batch_size", "checkpoint.every",
-    "checkpoint.keep_last", "log.every",
+    "model.img_size", "model.num_classes", "model.pretrain_size", "model.fixed_pool_size",
+    "data.num_workers", "data.prefetch", "data.repeats", "train.epochs", "train.batch_size",
+    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad", "eval.every_epochs",
+    "eval.batch_size", "eval.crop_pct", "checkpoint.every", "checkpoint.keep_last", "log.every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
@@ -257,16 +277,29 @@ _SHARE = (
 
 
 def _range_problems(config: RunConfig) -> Iterator[str]:
-    values = dict(flatten(config))
-    for name in _POSITIVE:
-        if values[name] is not None and not values[name] > 0:
-            yield f"{name} is {values[name]}: it must be above 0"
-    for name in _NOT_NEGATIVE:
-        if values[name] < 0:
-            yield f"{name} is {values[name]}: it must not be negative"
-    for name in _SHARE:
-        if not 0 <= values[name] <= 1:
-            yield f"{name} is {values[name]}: it must lie in 0..1"
+    for name, value in flatten(config):
+        must = _must(name, value)
+        if must is not None:
+            yield f"{name} is {value}: it must {must}"
+
+
+def _must(name: str, value: Any) -> str | None:
+    """Return what a value has to do that it does not, or None."""
+    if not _is_finite(value):
+        return "be finite"
+    if name in _POSITIVE and value is not None and value <= 0:
+        return "be above 0"
+    if name in _NOT_NEGATIVE and value < 0:
+        return "not be negative"
+    if name in _SHARE and not 0 <= value <= 1:
+        return "lie in 0..1"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _relation_problems(config: RunConfig) -> Iterator[str]:
@@ -276,6 +309,15 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
             f"optim.warmup_epochs {optim.warmup_epochs} and optim.cooldown_epochs "
             f"{optim.cooldown_epochs} do not fit in train.epochs {train.epochs}"
         )
+    if optim.cooldown_epochs == train.epochs:
+        yield (
+            f"optim.cooldown_epochs is {optim.cooldown_epochs}, all of train.epochs: leave at "
+            "least one for the schedule"
+        )
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas is {optim.betas}: both must be at least 0 and below 1"
+    if not all(deviation > 0 for deviation in data.std):
+        yield f"data.std is {data.std}: deviations must be above 0"
     if train.batch_size % (2 * train.accumulate):
         yield (
             f"train.batch_size {train.batch_size} is not a multiple of 2 × train.accumulate "
@@ -301,12 +343,6 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
-
-
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return `name: old -> new` for every setting that differs."""
-    pairs = zip(flatten(old), flatten(new), strict=True)
-    return [f"{name}: {a} -> {b}" for (name, a), (_, b) in pairs if a != b]
 
 
 def nearest(name: str, names: Sequence[str], *, prefix: str = "") -> str:
@@ -352,34 +388,3 @@ def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         # tyro draws a box: its second part is the message, the others are a title and hints.
         message = re.split(r"[─-╿]{4,}", said.getvalue())[1]
         raise UserError(" ".join(message.replace("│", " ").split())) from None
-
-
-def _from_dict(kind: type[T], value: Any, where: str) -> T:
-    """Build a value of type `kind` out of JSON, exactly: no unknown and no missing names."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise ValueError(f"unknown setting {where}{unknown[0]}")
-        items = {name: _from_dict(hints[name], value[name], f"{where}{name}.") for name in hints}
-        return typing.cast(T, kind(**items))
-    return typing.cast(T, _from_plain(kind, value, where.rstrip(".")))
-
-
-def _from_plain(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list) and len(value) == len(arguments):
-            return tuple(_from_plain(k, v, where) for k, v in zip(arguments, value, strict=True))
-    elif origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _from_plain(next(k for k in arguments if k is not type(None)), value, where)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{where} is {value!r}")

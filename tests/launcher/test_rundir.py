@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,36 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, content):
 def test_an_empty_folder_may_become_a_run(tmp_path):
     (tmp_path / "a").mkdir()
     assert (rundir.prepare(_config(tmp_path / "a")) / "code").is_dir()
+
+
+def test_a_run_of_another_version_goes_on_by_the_command_that_its_refusal_names(tmp_path):
+    """The newer version has one more setting."""
+    run = rundir.prepare(_config(tmp_path / "a run"))
+    newer = tmp_path / "newer"
+    shutil.copytree(run / "code", newer)
+    config = newer / "trainer" / "config.py"
+    config.write_text(
+        config.read_text().replace("    lr: float", "    new: int = 1\n    lr: float")
+    )
+    arguments = ["pretrain", "demo", "--prepare", "--run-dir", str(run)]
+    refused = subprocess.run(
+        [sys.executable, "-m", "launcher", *arguments],
+        env=python_environment(newer),
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2
+    assert "another version of Foveate (missing setting optim.new)" in refused.stderr
+    command = refused.stderr.partition(", by ")[2].partition(" in place of foveate")[0]
+    done = subprocess.run(
+        ["bash", "-c", f'{command} "$@"', "-", *arguments],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        cwd=newer,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("export PYTHONPATH=")
 
 
 def test_a_damaged_configuration_is_named(tmp_path):

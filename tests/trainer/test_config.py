@@ -4,14 +4,13 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import (
     MemoryConfig,
     RunConfig,
     UserError,
-    differences,
     flatten,
     nearest,
     override,
@@ -110,14 +109,14 @@ def test_overrides_change_exactly_what_they_name():
             *("--optim.clip-grad", "None", "--memory.compile", "--checkpoint.no-async-save"),
         ],
     )
-    assert differences(recipe("transnext_base"), config) == [
-        "data.crop_scale: (0.08, 1.0) -> (0.2, 1.0)",
-        "train.accumulate: 1 -> 4",
-        "optim.lr: 0.001 -> 0.002",
-        "optim.clip_grad: 1.0 -> None",
-        "memory.compile: False -> True",
-        "checkpoint.async_save: True -> False",
-    ]
+    assert dict(flatten(config)) == dict(flatten(recipe("transnext_base"))) | {
+        "data.crop_scale": (0.2, 1.0),
+        "train.accumulate": 4,
+        "optim.lr": 2e-3,
+        "optim.clip_grad": None,
+        "memory.compile": True,
+        "checkpoint.async_save": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -165,6 +164,27 @@ def test_all_problems_are_told_at_once():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--optim.warmup-epochs", "0", "--optim.cooldown-epochs", "2"], "all of train.epochs"),
+        (["--optim.betas", "0.9", "1.0"], "optim.betas is (0.9, 1.0): both must be at least 0"),
+        (["--data.std", "0", "1", "1"], "data.std is (0.0, 1.0, 1.0): deviations must be above 0"),
+        (["--eval.crop-pct", "0"], "eval.crop_pct is 0.0: it must be above 0"),
+        (["--model.pretrain-size", "0"], "model.pretrain_size is 0: it must be above 0"),
+        (["--optim.weight-decay", "nan"], "optim.weight_decay is nan: it must be finite"),
+        (["--optim.lr", "inf"], "optim.lr is inf: it must be finite"),
+        (["--data.mean", "0", "nan", "0"], "data.mean is (0.0, nan, 0.0): it must be finite"),
+        (["--data.crop-scale", "0.5", "inf"], "data.crop_scale is (0.5, inf): it must be finite"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(arguments, said):
+    with pytest.raises(UserError) as error:
+        override(recipe("demo"), arguments)
+    assert said in str(error.value)
+    assert "; " not in str(error.value), "once"
+
+
+@pytest.mark.parametrize(
     ("text", "stages"),
     [("none", ()), ("full", (1, 2, 3, 4)), ("2", (2,)), ("3,1", (1, 3)), ("1,1", (1,))],
 )
@@ -200,11 +220,12 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(RECIPES)), SETTINGS)
-def test_a_configuration_survives_overrides_and_json(name, settings):
-    arguments = [text for option, value in settings.items() for text in (option, str(value))]
+def test_a_configuration_survives_overrides_and_json(name, changes):
+    arguments = [text for option, value in changes.items() for text in (option, str(value))]
     config = override(recipe(name), arguments)
-    values = {option[2:].replace("-", "_"): value for option, value in settings.items()}
+    values = {option[2:].replace("-", "_"): value for option, value in changes.items()}
     assert dict(flatten(config)) == dict(flatten(recipe(name))) | values
     assert RunConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["recipe"] == name
@@ -214,8 +235,6 @@ def test_a_configuration_survives_overrides_and_json(name, settings):
     ("change", "message"),
     [
         (lambda tree: tree["optim"].update(lr="fast"), "optim.lr is 'fast'"),
-        (lambda tree: tree["optim"].update(lrr=1.0), "unknown setting optim.lrr"),
-        (lambda tree: tree["optim"].pop("lr"), "lr"),
         (lambda tree: tree["train"].update(epochs=True), "train.epochs is True"),
         (lambda tree: tree["data"].update(crop_scale=[1.0]), "data.crop_scale is [1.0]"),
         (lambda tree: tree["backend"].update(name="magic"), "backend.name is 'magic'"),
@@ -229,6 +248,24 @@ def test_a_stored_configuration_is_read_exactly(change, message):
         RunConfig.from_json(json.dumps(tree), where="a/config.json")
     assert str(error.value).startswith("a/config.json is not a run configuration: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["optim"].update(lrr=1.0), "unknown setting optim.lrr"),
+        (lambda tree: tree["optim"].pop("lr"), "missing setting optim.lr"),
+        (lambda tree: tree.pop("log"), "missing setting log"),
+    ],
+)
+def test_another_versions_configuration_is_told_from_a_damaged_one(change, message):
+    tree = json.loads(recipe("demo").to_json())
+    change(tree)
+    with pytest.raises(UserError) as error:
+        RunConfig.from_json(json.dumps(tree), where="/a run/config.json")
+    said = str(error.value)
+    assert f"/a run/config.json was written by another version of Foveate ({message})" in said
+    assert "PYTHONPATH='/a run/code' PYTHONSAFEPATH=1 python -m launcher" in said
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '"demo"'])
