@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,8 @@ def load(source: Path, *, weights: str | None = None) -> Exportable:
     Raises:
         UserError: if there is no whole checkpoint there, or it lacks the weights asked for.
     """
-    checkpoint = _checkpoint_in(source)
-    config = _config_of(checkpoint)
+    checkpoint = _checkpoint_in(source.resolve())
+    config = RunConfig.read(checkpoint.parent.parent / "config.json")
     if weights is None:
         weights = "ema" if config.train.ema_decay > 0 else "live"
     if weights == "ema" and config.train.ema_decay == 0:
@@ -89,14 +90,6 @@ def _checkpoint_in(source: Path) -> Path:
     return source
 
 
-def _config_of(checkpoint: Path) -> RunConfig:
-    path = checkpoint.parent.parent / "config.json"
-    try:
-        return RunConfig.from_json(path.read_text(), where=str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def export_timm(source: Exportable, out: Path) -> None:
     """Write a verified bundle that timm loads by `create_model("local-dir:…")`.
 
@@ -105,6 +98,7 @@ def export_timm(source: Exportable, out: Path) -> None:
     Raises:
         UserError: if `out` is in the way or cannot be written, or the bundle does not verify.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: remove it, or give another --out")
     part = out.with_name(f"{out.name}.part")
@@ -112,7 +106,9 @@ def export_timm(source: Exportable, out: Path) -> None:
     try:
         part.mkdir(parents=True)
         _write_timm(source, part)
-        verify(part)
+        wrong = verify(part)
+        if wrong is not None:
+            raise UserError(f"{out} is not written: the bundle does not verify: {wrong}")
         part.replace(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written: {error}") from None
@@ -270,19 +266,25 @@ model = timm.create_model(f"local-dir:{{DIR}}", pretrained=True)
 """
 
 
-def verify(bundle: Path) -> None:
-    """Run the bundle's verify.py in a fresh process that cannot import Foveate.
+def verify(bundle: Path) -> str | None:
+    """Run the bundle's verify.py in a fresh process; return what is wrong, or None.
 
-    Raises:
-        UserError: with what it said, if the bundle does not reproduce its own logits.
+    The process finds what this one finds, a torch by PYTHONPATH for one, but for Foveate: this
+    code's folder is taken out, and verify.py blocks its packages wherever else they are.
     """
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(path for path in paths if path and Path(path).resolve() != HOME)
     done = subprocess.run(
-        [sys.executable, "-I", "-B", str(bundle / "verify.py")], capture_output=True, text=True
+        [sys.executable, "-P", "-B", str(bundle / "verify.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"{bundle} does not verify: {said[-1] if said else done.returncode}")
+        return said[-1] if said else f"exit code {done.returncode}"
     print(done.stdout.strip())
+    return None
 
 
 def main() -> int:

@@ -272,11 +272,45 @@ def test_altered_weights_do_not_verify(bundle, tmp_path):
     name = next(name for name, value in weights.items() if value.dim() == 4)
     weights[name][0, 0, 0, 0] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "logits differ by" in verify(copy)
+
+
+@FIRST
+def test_a_bundle_that_does_not_verify_is_not_written(run, tmp_path, monkeypatch):
+    (tmp_path / "timm.py").write_text("raise ImportError('a broken timm')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = tmp_path / "out"
     with pytest.raises(UserError) as error:
-        verify(copy)
-    assert str(error.value).startswith(f"{copy} does not verify: ")
-    assert "logits differ by" in str(error.value)
-    assert "\n" not in str(error.value)
+        export_timm(load(run.path), out)
+    said = "the bundle does not verify: ImportError: a broken timm"
+    assert str(error.value) == f"{out} is not written: {said}"
+    assert [path.name for path in tmp_path.iterdir()] == ["timm.py"]
+
+
+@FIRST
+def test_a_bundle_is_verified_with_what_pythonpath_holds_but_foveate(bundle, tmp_path, monkeypatch):
+    """As the torch of a cluster's module is."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "of_the_cluster.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path / 'modules'}")
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    model = copy / "foveate_model.py"
+    checks = f"import os, of_the_cluster\nassert {str(ROOT)!r} not in os.environ['PYTHONPATH']"
+    model.write_text(f"{model.read_text()}\n{checks}\n")
+    assert verify(copy) is None
+    model.write_text(f"{model.read_text()}\nimport trainer\n")
+    assert "trainer" in verify(copy)
+
+
+@FIRST
+def test_the_current_folder_can_be_the_source_and_the_target(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(next((run.path / "checkpoints").glob("step_*")))
+    source = load(Path())
+    assert source.checkpoint == Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    export_timm(source, Path())
+    assert (tmp_path / "config.json").exists()
 
 
 @FIRST
