@@ -198,7 +198,9 @@ def test_all_damaged_gives_none_and_every_reason_newest_first(root):
         assert str(folder) in reason
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_altered_byte_of_any_file_is_noticed(root, data):
     folder = commit(root, 5)
