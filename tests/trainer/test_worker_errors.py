@@ -241,5 +241,33 @@ sys.exit(code)
     assert f"good: ({(disk / 'run' / 'checkpoints' / NEWEST)!r}, [])\n" in done.stdout
 
 
+def test_a_disk_that_is_too_full_for_a_report_is_told_nevertheless(case):
+    """A page is left, which the start itself takes: not even the failure can be written down."""
+    disk = case.folder / "disk"
+    disk.mkdir()
+    used = sum(path.stat().st_blocks * 512 for path in case.run.rglob("*"))
+    script = """
+import os, shutil, subprocess, sys
+
+shutil.copytree(sys.argv[1], sys.argv[2])
+with open(f"{sys.argv[2]}/filler", "wb", buffering=0) as filler:
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError:
+        filler.truncate(filler.tell() - 4096)
+sys.exit(subprocess.run(sys.argv[3:]).returncode)
+"""
+    inner = command(disk / "run", case.folder)
+    done = pretrain(
+        on_small_disk(
+            disk,
+            [sys.executable, "-c", script, str(case.run), str(disk / "run"), *inner],
+            num_bytes=used + 100_000,
+        )
+    )
+    assert_one_line(done, f"the disk of {disk / 'run'} is full: make room and start again")
+
+
 def test_the_finished_run_is_what_the_cases_start_from(finished):
     assert [line["step"] for line in lines(finished / "run", "end")] == [4]
