@@ -123,12 +123,28 @@ class Backbone(nn.Module, ABC):
             return torch.rand(self.num_blocks, 2, x.shape[0], device=x.device)
         return drop_noise
 
+    def _keep(self, drop_noise: Tensor | None) -> Tensor | None:
+        """What each branch of each block is multiplied by [num_blocks, 2, B], if there is noise."""
+        if drop_noise is None:
+            return None
+        # Made on the device: sending the rates there would wait for it.
+        rates = torch.linspace(0, self.drop_path[-1], self.num_blocks, device=drop_noise.device)
+        return keep_scale(drop_noise, rates[:, None, None])
+
 
 def drop_path_rates(rate: float, *, num_blocks: int) -> tuple[float, ...]:
     """Rates that rise linearly from 0 at the first block to `rate` at the last."""
     if not 0 <= rate < 1:
         raise ModelError(f"drop_path is {rate}; it must be at least 0 and below 1")
     return tuple(rate * index / max(num_blocks - 1, 1) for index in range(num_blocks))
+
+
+def keep_scale(noise: Tensor, rate: float | Tensor) -> Tensor:
+    """What drop path (stochastic depth, arXiv 1603.09382) multiplies residual branches by.
+
+    `noise` is uniform in [0, 1): 0 where it is below `rate`, 1 / (1 - rate) elsewhere.
+    """
+    return (noise >= rate) / (1 - rate)
 
 
 def stage_grids(size: tuple[int, int], *, stem_stride: int) -> list[tuple[int, int]]:

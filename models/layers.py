@@ -16,16 +16,9 @@ from .kernels import depthwise_conv
 from .kernels.eager import widen
 
 
-def drop_path(x: Tensor, noise: Tensor | None, rate: float) -> Tensor:
-    """Zero a residual branch per sample and scale the survivors (stochastic depth, 1603.09382).
-
-    x [B, ...]; noise [B], uniform in [0, 1), drops the samples where it is below `rate`, the
-    others are divided by 1 - rate. Without noise, or at rate 0, `x` is returned unchanged.
-    """
-    if noise is None or rate == 0:
-        return x
-    scale = (noise >= rate).to(x.dtype) / (1 - rate)
-    return x * scale.view(-1, *[1] * (x.dim() - 1))
+def drop_path(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Multiply a residual branch [B, ...] by its samples' `keep` [B] (0, or above 1), if any."""
+    return x if keep is None else x * keep.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 class Conv(nn.Conv2d):

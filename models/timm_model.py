@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Backbone, Block, ModelError
+from .base import Backbone, Block, ModelError, keep_scale
 from .layers import BatchNorm, drop_path
 
 Pair = tuple[int, int]
@@ -63,7 +63,8 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop a residual branch [B, ...] per sample; see `layers.drop_path`."""
-        return drop_path(x, self.noise.next(x.shape[0]), self.rate)
+        noise = self.noise.next(x.shape[0])
+        return drop_path(x, None if noise is None else keep_scale(noise, self.rate))
 
 
 class ChannelsFirst(BatchNorm):

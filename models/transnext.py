@@ -150,7 +150,6 @@ class ResidualBlock(nn.Module):
         num_heads: int,
         mlp_ratio: int,
         sr_ratio: int,
-        drop_path: float,
         layer_scale: bool,
     ) -> None:
         super().__init__()
@@ -162,15 +161,14 @@ class ResidualBlock(nn.Module):
         for name in ("layer_scale_1", "layer_scale_2"):
             gain = nn.Parameter(torch.empty(width)) if layer_scale else None
             self.register_parameter(name, gain)
-        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, geometry: Geometry, noise: Tensor | None) -> Tensor:
-        """x [B, H, W, C], noise [2, B] or None -> [B, H, W, C]."""
-        first, second = (None, None) if noise is None else noise.unbind()
+    def forward(self, x: Tensor, geometry: Geometry, keep: Tensor | None) -> Tensor:
+        """x [B, H, W, C], keep [2, B] or None -> [B, H, W, C]."""
+        first, second = (None, None) if keep is None else keep.unbind()
         mixed = _times(self.attn(self.norm1(x), geometry), self.layer_scale_1)
-        x = x + drop_path(mixed, first, self.drop_path)
+        x = x + drop_path(mixed, first)
         fed = _times(self.mlp(self.norm2(x)), self.layer_scale_2)
-        return x + drop_path(fed, second, self.drop_path)
+        return x + drop_path(fed, second)
 
 
 def _times(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -227,9 +225,8 @@ class TransNeXt(Backbone):
         self.layer_scale = layer_scale
         self.num_classes = num_classes
         self.drop_path = drop_path_rates(drop_path, num_blocks=sum(config.depths))
-        rates = iter(self.drop_path)
         for stage in range(4):
-            self._add_stage(stage, [next(rates) for _ in range(config.depths[stage])])
+            self._add_stage(stage)
         self.head: nn.Module = nn.Linear(config.widths[3], num_classes)
         self.feature_info = [
             {
@@ -241,7 +238,7 @@ class TransNeXt(Backbone):
         ]
         self.reset_buffers(img_size)
 
-    def _add_stage(self, stage: int, rates: list[float]) -> None:
+    def _add_stage(self, stage: int) -> None:
         config, number = self.config, stage + 1
         width = config.widths[stage]
         if stage == 0:
@@ -255,10 +252,9 @@ class TransNeXt(Backbone):
                 num_heads=config.heads[stage],
                 mlp_ratio=config.mlp_ratios[stage],
                 sr_ratio=config.sr_ratios[stage],
-                drop_path=rate,
                 layer_scale=self.layer_scale is not None,
             )
-            for rate in rates
+            for _ in range(config.depths[stage])
         )
         self.add_module(f"patch_embed{number}", embed)
         self.add_module(f"block{number}", blocks)
@@ -280,12 +276,13 @@ class TransNeXt(Backbone):
     def stages(self, x: Tensor, drop_noise: Tensor | None) -> list[Tensor]:
         """The outputs [B, C, H, W] of norm1 to norm4."""
         x = x.permute(0, 2, 3, 1)
+        keep = self._keep(drop_noise)
         outputs, depth = [], 0
         for stage in range(1, 5):
             geometry = self.geometry(stage)
             x = self.get_submodule(f"patch_embed{stage}")(x)
             for block in self.get_submodule(f"block{stage}").children():
-                x = block(x, geometry, None if drop_noise is None else drop_noise[depth])
+                x = block(x, geometry, None if keep is None else keep[depth])
                 depth += 1
             x = self.get_submodule(f"norm{stage}")(x)
             outputs.append(x.permute(0, 3, 1, 2))

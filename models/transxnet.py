@@ -199,7 +199,7 @@ class LayerScale(Depthwise):
 class ResidualBlock(nn.Module):
     """Position by convolution, then D-Mixer and MS-FFN, each normed, scaled and dropped."""
 
-    def __init__(self, mixer: Mixer, width: int, *, mlp_ratio: int, drop_path: float) -> None:
+    def __init__(self, mixer: Mixer, width: int, *, mlp_ratio: int) -> None:
         super().__init__()
         self.pos_embed = Depthwise(width, 7)
         self.norm1 = GroupNorm(width)
@@ -208,16 +208,15 @@ class ResidualBlock(nn.Module):
         self.mlp = FeedForward(width, mlp_ratio)
         self.layer_scale_1 = LayerScale(width)
         self.layer_scale_2 = LayerScale(width)
-        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, position: Tensor, noise: Tensor | None) -> Tensor:
-        """x [B, H, W, C], position [h, N, M], noise [2, B] or None -> [B, H, W, C]."""
-        first, second = (None, None) if noise is None else noise.unbind()
+    def forward(self, x: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
+        """x [B, H, W, C], position [h, N, M], keep [2, B] or None -> [B, H, W, C]."""
+        first, second = (None, None) if keep is None else keep.unbind()
         x = x + self.pos_embed(x)
         mixed = self.layer_scale_1(self.token_mixer(self.norm1(x), position))
-        x = x + drop_path(mixed, first, self.drop_path)
+        x = x + drop_path(mixed, first)
         fed = self.layer_scale_2(self.mlp(self.norm2(x)))
-        return x + drop_path(fed, second, self.drop_path)
+        return x + drop_path(fed, second)
 
 
 class TransXNet(Backbone):
@@ -251,12 +250,11 @@ class TransXNet(Backbone):
             )
         )
         self.network = nn.ModuleList()
-        rates = iter(self.drop_path)
         for stage, width in enumerate(config.widths):
             if stage > 0:
                 before = config.widths[stage - 1]
                 self.network.append(PatchEmbed(before, width, kernel=3, stride=2))
-            self.network.append(nn.ModuleList(self._stage_blocks(stage, rates)))
+            self.network.append(nn.ModuleList(self._stage_blocks(stage)))
         self.classifier = nn.Sequential(
             GroupNorm(config.widths[3]), nn.Identity(), Pointwise(config.widths[3], num_classes)
         )
@@ -266,7 +264,7 @@ class TransXNet(Backbone):
         ]
         self.reset_buffers(img_size)
 
-    def _stage_blocks(self, stage: int, rates: Iterator[float]) -> Iterator[ResidualBlock]:
+    def _stage_blocks(self, stage: int) -> Iterator[ResidualBlock]:
         config, width = self.config, self.config.widths[stage]
         for _ in range(config.depths[stage]):
             mixer = Mixer(
@@ -276,9 +274,7 @@ class TransXNet(Backbone):
                 num_heads=config.heads[stage],
                 sr_ratio=config.sr_ratios[stage],
             )
-            yield ResidualBlock(
-                mixer, width, mlp_ratio=config.mlp_ratios[stage], drop_path=next(rates)
-            )
+            yield ResidualBlock(mixer, width, mlp_ratio=config.mlp_ratios[stage])
 
     def _table_shapes(self, size: Pair) -> list[Pair]:
         """Queries and keys of each stage for inputs of `size`."""
@@ -308,6 +304,7 @@ class TransXNet(Backbone):
     def stages(self, x: Tensor, drop_noise: Tensor | None) -> list[Tensor]:
         """The outputs [B, C, H, W] of the last block of every stage."""
         x = self.patch_embed(x.permute(0, 2, 3, 1))
+        keep = self._keep(drop_noise)
         outputs, depth = [], 0
         for place, module in enumerate(self.network):
             if place % 2 == 1:
@@ -315,7 +312,7 @@ class TransXNet(Backbone):
                 continue
             position = self._position(place // 2)
             for block in module.children():
-                x = block(x, position, None if drop_noise is None else drop_noise[depth])
+                x = block(x, position, None if keep is None else keep[depth])
                 depth += 1
             outputs.append(x.permute(0, 3, 1, 2))
         return outputs

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 from models import build
-from models.base import ModelError
+from models.base import ModelError, keep_scale
 from models.layers import drop_path
 from models.registry import MODELS
 
@@ -138,10 +138,10 @@ def test_interpolation_changes_nothing_at_the_trained_size():
 
 def test_drop_path_rule():
     x, noise = torch.ones(4, 2, 3), torch.tensor([0.0, 0.24, 0.25, 0.99])
-    dropped = drop_path(x, noise, 0.25)
+    dropped = drop_path(x, keep_scale(noise, 0.25))
     assert dropped[:, 0, 0].tolist() == pytest.approx([0, 0, 4 / 3, 4 / 3])
-    assert drop_path(x, noise, 0.0) is x
-    assert drop_path(x, None, 0.25) is x
+    assert torch.equal(drop_path(x, keep_scale(noise, 0.0)), x)
+    assert drop_path(x, None) is x
 
 
 @pytest.mark.parametrize("name", PICO)
