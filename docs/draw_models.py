@@ -298,12 +298,12 @@ def _overlapping_attention(page: Drawing, x: float, y: float) -> Box:
     refine = page.box(x + 378, below, 96, "depthwise", "Conv 3×3", kind="weights")
     plus = page.sign(x + 452, below, "+")
     expand = page.box(x + 522, below, 84, "Conv 1×1", "→ k, v", kind="weights")
-    table = page.box(x + 720, below, 124, "position table", kind="learned")
+    positions = page.box(x + 720, below, 124, "position table", kind="learned")
     page.arrow(page.fork(x + 52, y), (x + 52, below), patches.left)
     page.chain(patches, scale, refine, plus, expand)
     _residual(page, (x + 312, below), plus, 48)
     page.arrow(expand.right, (x + 582, below), (x + 582, attend.bottom[1]))
-    page.arrow(table.left, (x + 638, below), (x + 638, attend.bottom[1]))
+    page.arrow(positions.left, (x + 638, below), (x + 638, attend.bottom[1]))
     return attend
 
 

@@ -73,9 +73,10 @@ class Drawing:
     def panel(self, x: float, y: float, width: float, height: float, title: str, note: str) -> None:
         """A titled area; `note` follows the title in a fainter hand."""
         self._rect(x, y, width, height, radius=10, fill=PANEL, stroke=EDGE)
-        spans = f'<tspan font-weight="600">{escape(title)}</tspan>'
-        if note:
-            spans += f'<tspan dx="12" font-size="14" fill="{FAINT}">{escape(note)}</tspan>'
+        spans = (
+            f'<tspan font-weight="600">{escape(title)}</tspan>'
+            f'<tspan dx="12" font-size="14" fill="{FAINT}">{escape(note)}</tspan>'
+        )
         self._parts.append(f'<text x="{x + 16:g}" y="{y + 27:g}" font-size="17">{spans}</text>')
 
     def box(
