@@ -43,6 +43,11 @@ def train(rank: int, world_size: int, config: str) -> bool:
     return Trainer(run_config, place).run()
 
 
+def train_all(rank: int, world_size: int, configs: list[str]) -> list[bool]:
+    """Run several configurations in turn as one rank of a process group that exists."""
+    return [train(rank, world_size, config) for config in configs]
+
+
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Return the lines of one kind of RUN/metrics.jsonl."""
     text = (run_dir / "metrics.jsonl").read_text()
