@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def chromium(width: int, height: int) -> Iterator[webdriver.Chrome]:
     """Start a headless Chromium with a profile of its own."""
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
         options = webdriver.ChromeOptions()
-        options.binary_location = "/usr/bin/chromium"
+        options.binary_location = _program("chromium")
         for flag in (
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -73,11 +74,17 @@ def chromium(width: int, height: int) -> Iterator[webdriver.Chrome]:
             f"--window-size={width},{height}",
         ):  # fmt: skip
             options.add_argument(flag)
-        driver = webdriver.Chrome(options, Service("/usr/bin/chromedriver"))
+        driver = webdriver.Chrome(options, Service(_program("chromedriver")))
         try:
             yield driver
         finally:
             driver.quit()
+
+
+def _program(name: str) -> str:
+    path = shutil.which(name)
+    assert path is not None, f"{name} is not installed: make setup says how"
+    return path
 
 
 def photograph(logdir: Path, png: Path) -> None:
