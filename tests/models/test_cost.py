@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build
 from models.cost import macs
+from models.registry import MODELS
 
 PUBLISHED = {  # name: parameters, then multiply-adds in G by image side
     "transnext_micro": (12_809_304, {224: 2.649, 384: 8.393}),
@@ -24,6 +25,13 @@ PUBLISHED = {  # name: parameters, then multiply-adds in G by image side
     "transxnet_s": (26_864_068, {224: 4.607}),
     "transxnet_b": (48_009_002, {224: 8.353, 384: 25.240}),
 }
+PROPOSED = {  # name: parameters in M, multiply-adds at 224 in G
+    "transnext_large": (200.4, 40.3),
+    "transnext_huge": (518.5, 104.3),
+    "transnext_giant": (2125.9, 424.2),
+    "transxnet_large": (116.6, 21.5),
+    "transxnet_huge": (502.7, 86.1),
+}
 
 
 def on_meta(name, **options):
@@ -31,13 +39,25 @@ def on_meta(name, **options):
         return build(name, **options)
 
 
+def size_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_figures_of_the_published_variants(name):
+def test_published_figures(name):
     num_parameters, by_side = PUBLISHED[name]
     for side, expected in by_side.items():
         model = on_meta(name, img_size=side, pretrain_size=224)
         assert round(macs(model) / 1e9, 3) == expected
-        assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+        assert size_of(model) == num_parameters
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in PUBLISHED and not name.endswith("_pico")]
+)
+def test_proposed_figures(name):
+    model = on_meta(name)
+    assert (round(size_of(model) / 1e6, 1), round(macs(model) / 1e9, 1)) == PROPOSED[name]
 
 
 class Weights:
