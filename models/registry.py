@@ -44,6 +44,15 @@ MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
     "transnext_base": TransNeXtConfig(
         widths=(96, 192, 384, 768), depths=(5, 5, 23, 5), heads=(4, 8, 16, 32), drop_path=0.6
     ),
+    "transnext_large": TransNeXtConfig(
+        widths=(144, 288, 576, 1152), depths=(5, 5, 23, 5), heads=(6, 12, 24, 48), drop_path=0.6
+    ),
+    "transnext_huge": TransNeXtConfig(
+        widths=(192, 384, 768, 1536), depths=(6, 6, 40, 6), heads=(6, 12, 24, 48), drop_path=0.6
+    ),
+    "transnext_giant": TransNeXtConfig(
+        widths=(384, 768, 1536, 3072), depths=(6, 6, 42, 6), heads=(12, 24, 48, 96), drop_path=0.6
+    ),
     "transxnet_pico": TransXNetConfig(
         widths=(32, 64, 96, 128),
         depths=(1, 2, 2, 1),
@@ -80,6 +89,22 @@ MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
         mlp_ratios=(8, 8, 4, 4),
         drop_path=0.4,
     ),
+    "transxnet_large": TransXNetConfig(
+        widths=(128, 256, 512, 1024),
+        depths=(4, 4, 24, 4),
+        groups=(2, 2, 4, 4),
+        heads=(2, 4, 8, 16),
+        mlp_ratios=(8, 8, 4, 4),
+        drop_path=0.5,
+    ),
+    "transxnet_huge": TransXNetConfig(
+        widths=(192, 384, 896, 1792),
+        depths=(6, 6, 36, 6),
+        groups=(2, 2, 4, 4),
+        heads=(3, 6, 14, 28),
+        mlp_ratios=(8, 8, 4, 4),
+        drop_path=0.6,
+    ),
 }
 
 
@@ -90,23 +115,25 @@ def build(
     pretrain_size: int | tuple[int, int] | None = None,
     fixed_pool_size: int | None = None,
     position_mode: PositionMode | None = None,
+    layer_scale: float | None = None,
     drop_path: float | None = None,
     num_classes: int = 1000,
 ) -> Backbone:
     """Build the backbone `name` for images of `img_size` (a side, or height and width).
 
     The options are explained at `TransNeXt`, `TransXNet` and `TimmModel`; `pretrain_size` is not
-    timm's, `fixed_pool_size` and `position_mode` are TransNeXt's alone. `drop_path` None means the
-    published rate (of timm's models: 0), `num_classes` 0 a backbone without its linear head. The
-    model is initialised on the default device; on the meta device `to_empty`, `init_weights` and
-    `reset_buffers` follow. Raises ModelError for an unknown name and for options that do not fit
-    the model.
+    timm's, `fixed_pool_size`, `position_mode` and `layer_scale` are TransNeXt's alone. `drop_path`
+    None means the published rate (of timm's models: 0), `num_classes` 0 a backbone without its
+    linear head. The model is initialised on the default device; on the meta device `to_empty`,
+    `init_weights` and `reset_buffers` follow. Raises ModelError for an unknown name and for
+    options that do not fit the model.
     """
     family, rate, known = _family(name)
     given = {
         "pretrain_size": None if pretrain_size is None else _pair("pretrain_size", pretrain_size),
         "fixed_pool_size": fixed_pool_size,
         "position_mode": position_mode,
+        "layer_scale": layer_scale,
     }
     foreign = [
         f"{option} (got {value!r})"
@@ -142,7 +169,7 @@ def _family(name: str) -> tuple[Callable[..., Backbone], float, tuple[str, ...]]
     config = MODELS[name]
     if isinstance(config, TransXNetConfig):
         return partial(TransXNet, config), config.drop_path, ("pretrain_size",)
-    options = ("pretrain_size", "fixed_pool_size", "position_mode")
+    options = ("pretrain_size", "fixed_pool_size", "position_mode", "layer_scale")
     return partial(TransNeXt, config), config.drop_path, options
 
 

@@ -209,7 +209,7 @@ class TransNeXt(Backbone):
         pretrain_size: Pair | None,
         fixed_pool_size: int | None,
         position_mode: PositionMode | None,
-        layer_scale: float | None = None,
+        layer_scale: float | None,
         drop_path: float,
         num_classes: int,
     ) -> None:

@@ -38,6 +38,8 @@ class ModelConfig:
     """Image side at which position biases were trained; unset means img_size."""
     fixed_pool_size: int | None = None
     """Side of the pooled key grid at any image size (TransNeXt's linear mode)."""
+    layer_scale: float | None = None
+    """Initial gain of TransNeXt's residual branches (CaiT, arXiv 2103.17239); unset has none."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block; earlier blocks rise to it linearly."""
     num_classes: int = 1000
@@ -105,6 +107,8 @@ class TrainConfig:
     """Compute type of matrix products and activations; weights and statistics stay fp32."""
     label_smoothing: float = 0.1
     """Probability mass spread over all classes."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition function in the loss (PaLM, arXiv 2204.02311)."""
     ema_decay: float = 0.0
     """Decay per step of the weights' moving average; 0 is off."""
     seed: int = 0
@@ -261,14 +265,15 @@ class RunConfig:
 
 _POSITIVE = (
     "model.img_size", "model.num_classes", "model.pretrain_size", "model.fixed_pool_size",
-    "data.num_workers", "data.prefetch", "data.repeats", "train.epochs", "train.batch_size",
-    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad", "eval.every_epochs",
-    "eval.batch_size", "eval.crop_pct", "checkpoint.every", "checkpoint.keep_last", "log.every",
+    "model.layer_scale", "data.num_workers", "data.prefetch", "data.repeats", "train.epochs",
+    "train.batch_size", "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
+    "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
+    "checkpoint.keep_last", "log.every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
     "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
-    "train.seed",
+    "train.seed", "train.z_loss",
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob",

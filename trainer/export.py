@@ -179,7 +179,11 @@ def model_source(config: ModelConfig, cfg: dict[str, Any]) -> str:
     options: dict[str, Any] = {"pretrain_size": None if size is None else (size, size)}
     if isinstance(family_config, TransNeXtConfig):
         options["pretrain_size"] = (size or config.img_size,) * 2
-        options |= {"fixed_pool_size": config.fixed_pool_size, "position_mode": None}
+        options |= {
+            "fixed_pool_size": config.fixed_pool_size,
+            "position_mode": None,
+            "layer_scale": config.layer_scale,
+        }
     modules = _with_dependencies([f"models.{family.lower()}", "trainer.timm_adapter"])
     return "\n\n".join(
         [

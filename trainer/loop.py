@@ -125,7 +125,8 @@ class Trainer:
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast():
                     images, targets = self.mix(batch)
-                    loss = classification(self.model, images, targets, self._drop_noise(batch))
+                    noise, z_loss = self._drop_noise(batch), self.config.train.z_loss
+                    loss = classification(self.model, images, targets, noise, z_loss=z_loss)
                 self.backend.backward(loss.total / accumulate)
             for name, part in loss.parts.items():
                 values[name] = values.get(name, torch.zeros_like(part)) + part / accumulate

@@ -9,6 +9,7 @@ where both papers used float16.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from .config import (
@@ -17,6 +18,7 @@ from .config import (
     DataConfig,
     EvalConfig,
     LogConfig,
+    MemoryConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -69,6 +71,21 @@ def _imagenet(
     )
 
 
+def _stabilised(config: RunConfig) -> RunConfig:
+    """Return what half a billion parameters and more want on top of the published recipe.
+
+    TransXNet has a layer scale of its own.
+    """
+    layer_scale = 1e-5 if config.model.name.startswith("transnext") else None
+    return replace(
+        config,
+        model=replace(config.model, layer_scale=layer_scale),
+        train=replace(config.train, z_loss=1e-4),
+        backend=BackendConfig(name="fsdp"),
+        memory=MemoryConfig(checkpointing="full"),
+    )
+
+
 def transnext_micro() -> RunConfig:
     """TransNeXt-Micro, 300 epochs of ImageNet-1k at 224 pixels."""
     return _transnext("micro", drop_path=0.15)
@@ -94,6 +111,21 @@ def transnext_micro_AAAA() -> RunConfig:
     return _transnext("micro_AAAA", drop_path=0.15, img_size=256)
 
 
+def transnext_large() -> RunConfig:
+    """TransNeXt-Large, 200 M parameters: the published recipe, beyond the published sizes."""
+    return _transnext("large", drop_path=0.6)
+
+
+def transnext_huge() -> RunConfig:
+    """TransNeXt-Huge, 0.5 G parameters: the published recipe, with layer scale and z-loss."""
+    return _stabilised(_transnext("huge", drop_path=0.6))
+
+
+def transnext_giant() -> RunConfig:
+    """TransNeXt-Giant, 2.1 G parameters: the published recipe, with layer scale and z-loss."""
+    return _stabilised(_transnext("giant", drop_path=0.6))
+
+
 def transxnet_t() -> RunConfig:
     """TransXNet-T, 300 epochs of ImageNet-1k at 224 pixels and 10 of cool-down."""
     return _transxnet("t", drop_path=0.1, ema_decay=0.9998, crop_pct=0.9)
@@ -107,6 +139,16 @@ def transxnet_s() -> RunConfig:
 def transxnet_b() -> RunConfig:
     """TransXNet-B, 300 epochs of ImageNet-1k at 224 pixels and 10 of cool-down."""
     return _transxnet("b", drop_path=0.4, ema_decay=0.99985, crop_pct=0.95)
+
+
+def transxnet_large() -> RunConfig:
+    """TransXNet-Large, 117 M parameters: the published recipe, beyond the published sizes."""
+    return _transxnet("large", drop_path=0.5, ema_decay=0.99985, crop_pct=0.95)
+
+
+def transxnet_huge() -> RunConfig:
+    """TransXNet-Huge, 0.5 G parameters: the published recipe, with z-loss."""
+    return _stabilised(_transxnet("huge", drop_path=0.6, ema_decay=0.99985, crop_pct=0.95))
 
 
 def demo() -> RunConfig:
@@ -143,9 +185,14 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         transnext_small,
         transnext_base,
         transnext_micro_AAAA,
+        transnext_large,
+        transnext_huge,
+        transnext_giant,
         transxnet_t,
         transxnet_s,
         transxnet_b,
+        transxnet_large,
+        transxnet_huge,
         demo,
     )
 }

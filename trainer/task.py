@@ -21,7 +21,7 @@ def classification(
     targets: Tensor,
     drop_noise: Tensor | None,
     *,
-    z_loss: float = 0.0,
+    z_loss: float,
 ) -> Loss:
     """Return the cross-entropy of soft targets, a mean over the micro-batch.
 

@@ -1,5 +1,6 @@
 """The contract of every backbone: construction, description, drop path, sizes, registry."""
 
+import copy
 import math
 import shutil
 import subprocess
@@ -142,6 +143,29 @@ def test_drop_path_rule():
     assert dropped[:, 0, 0].tolist() == pytest.approx([0, 0, 4 / 3, 4 / 3])
     assert torch.equal(drop_path(x, keep_scale(noise, 0.0)), x)
     assert drop_path(x, None) is x
+
+
+def test_layer_scale_multiplies_every_branch():
+    torch.manual_seed(0)
+    plain = build("transnext_pico", img_size=32).eval()
+    scaled = build("transnext_pico", img_size=32, layer_scale=0.5).eval()
+    assert {k for k in scaled.state_dict() if k not in plain.state_dict()} == {
+        f"{block.name}.layer_scale_{branch}"
+        for block in plain.blocks()
+        if block.residual
+        for branch in (1, 2)
+    }
+    missing = scaled.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert all(scaled.get_parameter(name).eq(0.5).all() for name in missing)
+    x = images(2, 32, 32)
+    halved = copy.deepcopy(plain)
+    for block in halved.blocks():
+        if block.residual:
+            for layer in (block.module.attn.proj, block.module.mlp.fc2):
+                layer.weight.data *= 0.5
+                layer.bias.data *= 0.5
+    torch.testing.assert_close(scaled(x), halved(x))
+    assert not torch.allclose(scaled(x), plain(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PICO)

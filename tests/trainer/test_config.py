@@ -77,6 +77,9 @@ PUBLISHED = {
 }
 
 
+LARGEST = {"transnext": "transnext_base", "transxnet": "transxnet_b"}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_is_the_published_one(name):
     values = dict(flatten(recipe(name)))
@@ -85,8 +88,27 @@ def test_a_recipe_is_the_published_one(name):
     assert values["run_dir"] == f"runs/{name}"
 
 
-def test_every_recipe_but_the_demo_is_published():
-    assert set(RECIPES) == {*PUBLISHED, "demo"}
+LARGER = {
+    "transnext_large": (None, 0.0),
+    "transnext_huge": (1e-5, 1e-4),
+    "transnext_giant": (1e-5, 1e-4),
+    "transxnet_large": (None, 0.0),
+    "transxnet_huge": (None, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_a_larger_recipe_is_the_family_s_and_stabilised_from_half_a_billion_on(name):
+    values, largest = dict(flatten(recipe(name))), LARGEST[name.split("_")[0]]
+    assert (values["model.layer_scale"], values["train.z_loss"]) == LARGER[name]
+    own = {"recipe", "run_dir", "model.name", "model.drop_path", "model.layer_scale"}
+    own |= {"train.z_loss", "backend.name", "memory.checkpointing"}
+    for setting, value in flatten(recipe(largest)):
+        assert setting in own or values[setting] == value
+
+
+def test_every_recipe_is_accounted_for():
+    assert set(RECIPES) == {*PUBLISHED, *LARGER, "demo"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
