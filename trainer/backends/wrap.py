@@ -53,7 +53,8 @@ def wrap_blocks(model: Backbone, config: MemoryConfig) -> None:
             continue
         forward = block.module.forward
         if config.compile:
-            forward = torch.compile(forward)
+            # One function to the compiler, which keeps a version for each stage and mode.
+            forward = torch.compile(forward, dynamic=False, recompile_limit=32)
         if block.stage in stages:
             forward = partial(_recompute, forward)
         block.module.forward = forward
