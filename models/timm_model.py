@@ -226,6 +226,11 @@ class TimmModel(Backbone):
             for name, buffer in computed:
                 buffer.copy_(values[name])
 
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What `timm.create_model` needs, beside name and classes, to build this network again."""
+        return {name: self._options[name] for name in ("img_size",) if name in self._options}
+
     def no_weight_decay(self, name: str, parameter: Tensor) -> bool:
         """timm's rule: vectors, biases, and what the network itself names."""
         named: Callable[[], Any] = getattr(self.net, "no_weight_decay", tuple)
@@ -240,7 +245,7 @@ def _timm() -> Any:
     except ImportError as error:
         raise ModelError(
             f"models called timm:NAME need the timm library ({error}); "
-            "install it: pip install 'timm>=1.0.20,<2'"
+            "install it: pip install 'timm>=1.0.22,<2'"
         ) from error
     return timm
 

@@ -298,6 +298,8 @@ def test_sizes():
         fixed.reset_buffers((48, 48))
     with pytest.raises(ModelError, match=r"\[B, 3, 32, 32\]"):
         fixed(torch.zeros(1, 3, 48, 48))
+    # What a bundle has to tell timm, so that it builds the same network again.
+    assert (free.model_args, fixed.model_args) == ({}, {"img_size": 32})
     oblong = build("timm:test_vit", img_size=(32, 64), num_classes=5)
     assert oblong(torch.zeros(1, 3, 32, 64)).shape == (1, 5)
 
