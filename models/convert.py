@@ -150,9 +150,12 @@ def _fit(model: Backbone, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
 def _advice(weights: Mapping[str, Tensor]) -> str:
     """Which of MODELS the weights fit, as the call that builds it."""
-    head = next((weights[n] for n in ("head.bias", "classifier.2.bias") if n in weights), None)
+    head = _first(weights, "head.bias", "classifier.2.bias")
+    stem = _first(weights, "patch_embed1.proj.weight", "patch_embed.proj.conv.weight")
     options: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
     for name, config in MODELS.items():
+        if stem is None or len(stem) != config.widths[0]:
+            continue  # cheaper than building it
         if (table := weights.get("relative_pos_enc.0")) is not None and table.dim() == 4:
             options["pretrain_size"] = max(1, round(table.shape[2] ** 0.5) * config.stem_stride)
         try:
@@ -164,6 +167,10 @@ def _advice(weights: Mapping[str, Tensor]) -> str:
             called = ", ".join([repr(name), *(f"{key}={value}" for key, value in options.items())])
             return f"It is a file of {name}: build({called}) takes it"
     return "Build the model that wrote it, with the same number of classes"
+
+
+def _first(weights: Mapping[str, Tensor], *names: str) -> Tensor | None:
+    return next((weights[name] for name in names if name in weights), None)
 
 
 def _named(model: Backbone) -> nn.Module:
