@@ -152,9 +152,9 @@ def _advice(weights: Mapping[str, Tensor]) -> str:
     """Which of MODELS the weights fit, as the call that builds it."""
     head = _first(weights, "head.bias", "classifier.2.bias")
     stem = _first(weights, "patch_embed1.proj.weight", "patch_embed.proj.conv.weight")
-    options: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
+    options: dict[str, Any] = {"num_classes": 0 if head is None else head.numel()}
     for name, config in MODELS.items():
-        if stem is None or len(stem) != config.widths[0]:
+        if stem is None or stem.shape[:1] != config.widths[:1]:
             continue  # cheaper than building it
         if (table := weights.get("relative_pos_enc.0")) is not None and table.dim() == 4:
             options["pretrain_size"] = max(1, round(table.shape[2] ** 0.5) * config.stem_stride)
