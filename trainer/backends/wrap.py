@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from models.base import Backbone
 from models.layers import BatchNorm, recomputing
 from models.registry import build
 from trainer.config import MemoryConfig, ModelConfig
+
+# All blocks are one function to the compiler, which keeps a version for each stage and mode.
+COMPILE: dict[str, Any] = {"dynamic": False, "recompile_limit": 32}
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> Backbone:
@@ -53,8 +57,7 @@ def wrap_blocks(model: Backbone, config: MemoryConfig) -> None:
             continue
         forward = block.module.forward
         if config.compile:
-            # One function to the compiler, which keeps a version for each stage and mode.
-            forward = torch.compile(forward, dynamic=False, recompile_limit=32)
+            forward = torch.compile(forward, **COMPILE)
         if block.stage in stages:
             forward = partial(_recompute, forward)
         block.module.forward = forward
