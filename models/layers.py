@@ -12,13 +12,22 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .base import ModelError
-from .kernels import depthwise_conv
+from .kernels import batch_norm, depthwise_conv, gelu_norm_conv, gelu_norm_linear
 from .kernels.eager import widen
+from .kernels.eager_depthwise import add_identity, identity_fits
+from .kernels.eager_norm import Normed
 
 
 def drop_path(x: Tensor, keep: Tensor | None) -> Tensor:
     """Multiply a residual branch [B, ...] by its samples' `keep` [B] (0, or above 1), if any."""
     return x if keep is None else x * keep.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def add_branch(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    """`x + drop_path(branch, keep)` of maps, in one pass."""
+    if keep is None:
+        return x + branch
+    return torch.addcmul(x, branch, keep.to(branch.dtype)[:, None, None, None])
 
 
 class Conv(nn.Conv2d):
@@ -57,6 +66,42 @@ class Depthwise(nn.Conv2d):
             scaled = input * self.weight.flatten()
             return scaled if self.bias is None else scaled + self.bias
         return depthwise_conv(input, self.weight, self.bias, stride=self.stride[0])
+
+    def residual(self, input: Tensor) -> Tensor:
+        """`input + self(input)`, in one pass where that costs no bits."""
+        if not identity_fits(input, self.weight):
+            out: Tensor = self(input)
+            return input + out
+        weight = add_identity(self.weight, torch.ones_like(self.weight[:, 0, 0, 0]))
+        return depthwise_conv(input, weight, self.bias)
+
+
+class LayerScale(Depthwise):
+    """A gain and a bias a channel, shaped like the official depthwise 1x1 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+
+    def onto(self, total: Tensor, x: Tensor) -> Tensor:
+        """`total + gain * x`, for a total that the bias is in already."""
+        return torch.addcmul(total, x, self.weight.flatten().to(x.dtype))
+
+
+class MultiScaleConv(nn.Module):
+    """Depthwise convolutions of four sizes, each over a quarter of the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        quarter = width // 4
+        self.widths = [width - 3 * quarter, quarter, quarter, quarter]
+        self.proj = nn.ModuleList(
+            Depthwise(part, kernel) for part, kernel in zip(self.widths, (1, 3, 5, 7), strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, W, E] -> [B, H, W, E]."""
+        parts = zip(self.proj, torch.split(x, self.widths, dim=-1), strict=True)
+        return torch.cat([conv(part) for conv, part in parts], dim=-1)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -167,32 +212,29 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise a map [B, H, W, C]; the output has its dtype."""
-        weight, bias = widen(self.weight), widen(self.bias)
-        if not self.training:
-            scale = weight * torch.rsqrt(self.running_var + self.eps)
-            return (x * scale + (bias - self.running_mean * scale)).to(x.dtype)
-        if self.process_group is None:
-            normed, mean, variance = self._local(x, weight, bias)
-        else:
-            normed, mean, variance = _SynchronisedNorm.apply(
-                x, weight, bias, self.eps, self.process_group
-            )
-        self._move(mean, variance)
-        return normed
+        return self._normalise(x, widen(self.weight), widen(self.bias))
 
-    def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised map, the mean and the unbiased variance."""
-        if x.numel() == x.shape[-1]:
+    def scaled(self, x: Tensor, scale: LayerScale) -> Tensor:
+        """`scale(self(x))` in one pass."""
+        gain, bias = widen(scale.weight.flatten()), scale.get_parameter("bias")
+        return self._normalise(x, widen(self.weight) * gain, widen(self.bias) * gain + bias)
+
+    def _normalise(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        if self.training:
+            return self.run(batch_norm, x, gain, shift)
+        gain = gain * torch.rsqrt(self.running_var + self.eps)
+        return (x * gain + (shift - self.running_mean * gain)).to(x.dtype)
+
+    def run(self, operator: Callable[..., Normed], x: Tensor, *parameters: Any) -> Tensor:
+        """The output of one of the operators that normalise a map, whose statistics move ours."""
+        if x.numel() == x.shape[-1] and self.process_group is None:
             raise ModelError(
                 f"BatchNorm over {x.shape[-1]} channels got one value per channel (batch size 1 "
                 "on a 1x1 map); train with a larger batch or synchronise it over processes"
             )
-        # Momentum 1 makes torch hand over the statistics of this batch.
-        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        normed = F.batch_norm(
-            x.permute(0, 3, 1, 2), mean, variance, weight, bias, True, momentum=1.0, eps=self.eps
-        )
-        return normed.permute(0, 2, 3, 1), mean, variance
+        out, mean, variance = operator(x, *parameters, eps=self.eps, group=self.process_group)
+        self._move(mean, variance)
+        return out
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor) -> None:
@@ -202,48 +244,21 @@ class BatchNorm(nn.Module):
         self.num_batches_tracked += steps
 
 
-class _SynchronisedNorm(torch.autograd.Function):
-    """Normalisation by the statistics of all ranks of a group: one all-reduce each way.
+def norm_linear(x: Tensor, norm: BatchNorm, linear: Pointwise) -> Tensor:
+    """`linear(norm(GELU(x)))` of x [B, H, W, C], the only map saved for the backward pass."""
+    if not norm.training:
+        out: Tensor = linear(norm(F.gelu(x)))
+        return out
+    weight = linear.weight.flatten(1)
+    return norm.run(gelu_norm_linear, x, widen(norm.weight), widen(norm.bias), weight, linear.bias)
 
-    Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        group: "distributed.ProcessGroup",
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        values = widen(x).flatten(0, -2)
-        variance, mean = torch.var_mean(values, dim=0, correction=0)
-        mean, variance = mean.double(), variance.double()
-        size = values.shape[0]
-        sums = torch.cat([mean * size, (variance + mean**2) * size, mean.new_full((1,), size)])
-        distributed.all_reduce(sums, group=group)
-        count = sums[-1]
-        mean, square = (sums[:-1] / count).chunk(2)
-        variance = (square - mean**2).clamp_min(0)
-        inverse = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, weight, mean.to(values.dtype), inverse.to(values.dtype), count)
-        ctx.group = group
-        scale = weight * inverse.to(values.dtype)
-        normed = (values - mean.to(values.dtype)) * scale + bias
-        unbiased = variance * (count / (count - 1).clamp_min(1))
-        mean, unbiased = mean.to(values.dtype), unbiased.to(values.dtype)
-        ctx.mark_non_differentiable(mean, unbiased)
-        return normed.view_as(x).to(x.dtype), mean, unbiased
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        unit = (widen(x).flatten(0, -2) - mean) * inverse
-        grad = widen(grads[0]).flatten(0, -2)
-        grad_weight, grad_bias = (grad * unit).sum(dim=0), grad.sum(dim=0)
-        sums = torch.stack([grad_weight, grad_bias])
-        distributed.all_reduce(sums, group=ctx.group)
-        mean_product, mean_grad = (sums / count).to(grad.dtype)
-        grad_x = (grad - mean_grad - unit * mean_product) * (weight * inverse)
-        return grad_x.view_as(x).to(x.dtype), grad_weight, grad_bias, None, None
+def norm_conv(x: Tensor, norm: BatchNorm, conv: MultiScaleConv) -> Tensor:
+    """`y + conv(y)` of y = norm(GELU(x)), x [B, H, W, C] the only map saved for backward."""
+    if not norm.training:
+        y: Tensor = norm(F.gelu(x))
+        mixed: Tensor = conv(y)
+        return y + mixed
+    weights = [part.get_parameter("weight") for part in conv.proj]
+    bias = torch.cat([part.get_parameter("bias") for part in conv.proj])
+    return norm.run(gelu_norm_conv, x, widen(norm.weight), widen(norm.bias), weights, bias)

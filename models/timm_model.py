@@ -80,7 +80,7 @@ class ChannelsFirst(BatchNorm):
         last = x.movedim(1, -1)
         normed = super().forward(last.reshape(x.shape[0], 1, -1, x.shape[1]))
         normed = normed.reshape(last.shape).movedim(-1, 1)
-        if self.process_group is not None:
+        if self.training:
             # timm works on it in place, which autograd forbids on views of a custom function.
             normed = normed.clone(memory_format=torch.contiguous_format)
         out: Tensor = self.act(self.drop(normed))

@@ -7,6 +7,7 @@ dynamic kernels, K their side.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,18 @@ from torch.nn import functional as F
 from .base import Backbone, Block, drop_path_rates, stage_grids
 from .kernels import dynamic_conv, relative_attention
 from .kernels.eager import widen
-from .layers import BatchNorm, Conv, Depthwise, GroupNorm, Pointwise, drop_path
+from .layers import (
+    BatchNorm,
+    Conv,
+    Depthwise,
+    GroupNorm,
+    LayerScale,
+    MultiScaleConv,
+    Pointwise,
+    add_branch,
+    norm_conv,
+    norm_linear,
+)
 
 Pair = tuple[int, int]
 
@@ -145,29 +157,18 @@ class Mixer(nn.Module):
             BatchNorm(width),
         )
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [B, H, W, C], position [h, N, M] -> [B, H, W, C]."""
+    def forward(self, x: Tensor, position: Tensor, scale: LayerScale | None = None) -> Tensor:
+        """x [B, H, W, C], position [h, N, M] -> [B, H, W, C], scaled if so asked."""
         near, far = x.chunk(2, dim=-1)
         x = torch.cat([self.local_unit(near), self.global_unit(far, position)], dim=-1)
-        squeezed: Tensor = self.proj(x)
-        return x + squeezed
-
-
-class MultiScaleConv(nn.Module):
-    """Depthwise convolutions of four sizes, each over a quarter of the channels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        quarter = width // 4
-        self.widths = [width - 3 * quarter, quarter, quarter, quarter]
-        self.proj = nn.ModuleList(
-            Depthwise(part, kernel) for part, kernel in zip(self.widths, (1, 3, 5, 7), strict=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, E] -> [B, H, W, E]."""
-        parts = zip(self.proj, torch.split(x, self.widths, dim=-1), strict=True)
-        return torch.cat([conv(part) for conv, part in parts], dim=-1)
+        parts: list[Any] = list(self.proj)
+        conv, _, norm, squeeze, _, squeezed_norm, expand, last_norm = parts
+        squeezed = norm_linear(conv(x), norm, squeeze)
+        expanded = norm_linear(squeezed, squeezed_norm, expand)
+        if scale is not None:
+            return scale.onto(last_norm.scaled(expanded, scale), x)
+        out: Tensor = x + last_norm(expanded)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -181,19 +182,13 @@ class FeedForward(nn.Module):
         self.norm = BatchNorm(hidden)
         self.fc2 = nn.Sequential(Pointwise(hidden, width, bias=False), BatchNorm(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> [B, H, W, C]."""
-        x = self.fc1(x)
-        x = self.norm(F.gelu(x + self.dwconv(x)))
-        out: Tensor = self.fc2(x)
+    def forward(self, x: Tensor, scale: LayerScale | None = None) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C], scaled if so asked."""
+        parts: list[Any] = [*self.fc1, *self.fc2]
+        expand, _, norm, project, last_norm = parts
+        mixed = norm_linear(norm_conv(expand(x), norm, self.dwconv), self.norm, project)
+        out: Tensor = last_norm(mixed) if scale is None else last_norm.scaled(mixed, scale)
         return out
-
-
-class LayerScale(Depthwise):
-    """A gain and a bias a channel, shaped like the official depthwise 1x1 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -212,11 +207,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
         """x [B, H, W, C], position [h, N, M], keep [2, B] or None -> [B, H, W, C]."""
         first, second = (None, None) if keep is None else keep.unbind()
-        x = x + self.pos_embed(x)
-        mixed = self.layer_scale_1(self.token_mixer(self.norm1(x), position))
-        x = x + drop_path(mixed, first)
-        fed = self.layer_scale_2(self.mlp(self.norm2(x)))
-        return x + drop_path(fed, second)
+        x = self.pos_embed.residual(x)
+        mixed = self.token_mixer(self.norm1(x), position, self.layer_scale_1)
+        x = add_branch(x, mixed, first)
+        fed = self.mlp(self.norm2(x), self.layer_scale_2)
+        return add_branch(x, fed, second)
 
 
 class TransXNet(Backbone):

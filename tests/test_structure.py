@@ -78,6 +78,7 @@ EXCEPTIONS = {
     ("trainer.backends.wrap", "models.layers"),  # tells BatchNorm that a forward is a second one
     ("trainer.loop", "models.layers"),  # and which part of a step it is
     ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
+    ("trainer.export", "models.timm_model"),  # and whose code that library has itself
 }
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import Backbone
 from models.registry import MODELS, build
+from models.timm_model import TimmModel
 from models.transnext import TransNeXtConfig
 
 from . import manifest
@@ -34,6 +35,11 @@ from .config import ModelConfig, RunConfig, UserError
 
 HOME = Path(__file__).resolve().parent.parent
 MODEL_FILE = "foveate_model.py"
+IMPORT = """import sys
+
+sys.path.insert(0, DIR)  # this folder
+import foveate_model  # registers the architecture
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,47 +123,54 @@ def export_timm(source: Exportable, out: Path) -> None:
 
 
 def _write_timm(source: Exportable, out: Path) -> None:
-    config = source.config.model
-    name = f"foveate_{config.name}"
-    weights = {k: v.contiguous() for k, v in source.model.state_dict().items()}
+    config, model, cfg = source.config.model, source.model, _timm_cfg(source)
+    description = {
+        "num_classes": config.num_classes,
+        "num_features": model.feature_info[-1]["num_chs"],
+        "pretrained_cfg": cfg,
+    }
+    if isinstance(model, TimmModel):  # timm has the code of its own networks
+        network: nn.Module = model.net
+        name = config.name.removeprefix("timm:")
+        description["model_args"] = model.model_args
+    else:
+        network, name = model, f"foveate_{config.name}"
+        (out / MODEL_FILE).write_text(model_source(config, cfg))
+    weights = {k: v.contiguous() for k, v in network.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    cfg = _timm_cfg(source)
-    (out / "config.json").write_text(
-        json.dumps(
-            {
-                "architecture": name,
-                "num_classes": config.num_classes,
-                "num_features": source.model.feature_info[-1]["num_chs"],
-                "pretrained_cfg": cfg,
-            },
-            indent=2,
-        )
-    )
-    (out / MODEL_FILE).write_text(model_source(config, cfg))
+    description = {"architecture": name, **description}
+    (out / "config.json").write_text(json.dumps(description, indent=2))
     (out / "verify.py").write_text((HOME / "trainer" / "verify_timm.py").read_text())
     images = sample_images(config.img_size)
     with torch.no_grad():
-        logits = source.model(images)
+        logits = model(images)
     save_file({"images": images, "logits": logits}, out / "sample.safetensors")
     (out / "README.md").write_text(_card(source, name))
 
 
 def _timm_cfg(source: Exportable) -> dict[str, Any]:
-    config = source.config
+    config, model = source.config, source.model
     size = config.model.img_size
     squash = config.model.squash
-    classifier = [n for n, p in source.model.named_parameters() if p.shape[0] == p.numel()][-1]
+    if isinstance(model, TimmModel):
+        own = {name: model.net.pretrained_cfg[name] for name in ("classifier", "first_conv")}
+    else:
+        names = [name for name, _ in model.named_parameters()]
+        biases = [name for name, p in model.named_parameters() if p.shape[0] == p.numel()]
+        own = {
+            "classifier": biases[-1].removesuffix(".bias"),
+            "first_conv": names[0].removesuffix(".weight"),
+        }
     return {
+        **own,
         "input_size": [3, size, size],
-        "fixed_input_size": False,
+        "fixed_input_size": isinstance(model, TimmModel) and "img_size" in model.model_args,
         "num_classes": config.model.num_classes,
         "interpolation": "bicubic",
         "crop_pct": 1.0 if squash else config.eval.crop_pct,
         "crop_mode": "squash" if squash else "center",
         "mean": list(config.data.mean),
         "std": list(config.data.std),
-        "classifier": classifier.removesuffix(".bias"),
-        "first_conv": next(n for n, _ in source.model.named_parameters()).removesuffix(".weight"),
         "license": "apache-2.0",
     }
 
@@ -252,17 +265,14 @@ def _own_code(module: str) -> str:
 
 def _card(source: Exportable, name: str) -> str:
     step = manifest.read(source.checkpoint).step
+    code = "" if isinstance(source.model, TimmModel) else IMPORT
     return f"""# {name}
 
 {source.config.model.name}, step {step} of recipe {source.config.recipe}, {source.weights} weights.
 
 ```python
-import sys
 import timm
-
-sys.path.insert(0, DIR)  # this folder
-import foveate_model  # registers the architecture
-
+{code}
 model = timm.create_model(f"local-dir:{{DIR}}", pretrained=True)
 ```
 

@@ -13,7 +13,8 @@ def main() -> int:
         sys.modules[package] = None  # type: ignore[assignment]
     sys.path.insert(0, str(HERE))
 
-    import foveate_model  # type: ignore[import-not-found]  # noqa: F401 (registers the model)
+    if (HERE / "foveate_model.py").exists():  # timm's own networks need none
+        import foveate_model  # type: ignore[import-not-found]  # noqa: F401 (registers the model)
     import timm
     import torch
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""The definition of every convolution, in plain PyTorch; any faster form is judged by it.
+"""The definition of TransNeXt's gated convolution, in plain PyTorch.
 
 Shapes: B batch, H×W grid, C and D channels, K the side of a kernel; maps are channels-last.
 """
@@ -10,23 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .eager import full_precision
-
-
-def dynamic_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution with a kernel of its own for every sample, "same" padding.
-
-    x [B, H, W, C], weight [B, K, K, C], bias [B, C]. Returns [B, H, W, C].
-    """
-    batch, height, width, channels = x.shape
-    side = weight.shape[1]
-    out = F.conv2d(
-        x.permute(0, 3, 1, 2).reshape(1, batch * channels, height, width),
-        weight.permute(0, 3, 1, 2).reshape(batch * channels, 1, side, side),
-        bias.flatten(),
-        padding=side // 2,
-        groups=batch * channels,
-    )
-    return out.view(batch, channels, height, width).permute(0, 2, 3, 1)
+from .eager_depthwise import depthwise_conv
 
 
 def conv_glu(
@@ -90,16 +74,3 @@ class _ConvGLU(torch.autograd.Function):
             )
         grad_gate = grad_gate.permute(0, 2, 3, 1)
         return grad_gate, grad_value, grad_conv_weight, grad_conv_bias, grad_weight, rows.sum(dim=0)
-
-
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1) -> Tensor:
-    """Depthwise convolution of `x` [B, H, W, C] by `weight` [C, 1, k, k], "same" padding."""
-    out = F.conv2d(
-        x.permute(0, 3, 1, 2),
-        weight,
-        bias,
-        stride=stride,
-        padding=weight.shape[-1] // 2,
-        groups=x.shape[-1],
-    )
-    return out.permute(0, 2, 3, 1)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.base import Backbone
+from trainer.config import UserError
 
 from .base import TorchBackend
 
@@ -20,7 +21,16 @@ class FSDPBackend(TorchBackend):
     """Gathers a residual block's weights just before it runs and frees them after."""
 
     def wrap(self, model: Backbone) -> nn.Module:
-        """See TorchBackend.wrap."""
+        """See TorchBackend.wrap.
+
+        Raises:
+            UserError: if a parameter is a single number, which cannot be divided.
+        """
+        numbers = [name for name, p in model.named_parameters() if p.dim() == 0]
+        if numbers:
+            raise UserError(
+                f"FSDP cannot divide {numbers[0]}, a single number: use --backend.name ddp"
+            )
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
         for block in model.blocks():
             if block.residual:

@@ -70,8 +70,9 @@ def synchronise_batch_norm(model: nn.Module) -> None:
             module.process_group = dist.group.WORLD
 
 
-def _recompute(forward: Callable[..., Tensor], *args: object) -> Tensor:
-    result: Tensor = checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts)
+def _recompute(forward: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+    call = partial(forward, **options)
+    result: Tensor = checkpoint(call, *args, use_reentrant=False, context_fn=_contexts)
     return result
 
 
