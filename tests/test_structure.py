@@ -79,6 +79,7 @@ EXCEPTIONS = {
     ("trainer.loop", "models.layers"),  # and which part of a step it is
     ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
     ("trainer.export", "models.timm_model"),  # and whose code that library has itself
+    ("trainer.export", "models.convert"),  # writes the authors' files
 }
 
 

@@ -1,6 +1,6 @@
 """Exports: bundles that load without Foveate, and prove it.
 
-A bundle holds safetensors, timm's config.json with the preprocessing, the model's code in one
+A timm bundle holds safetensors, timm's config.json with the preprocessing, the model's code in one
 file made from our own modules, a sample with its logits, and verify.py, which compares them in a
 process where Foveate cannot be imported.
 """
@@ -17,14 +17,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.base import Backbone
+from models.base import Backbone, ModelError
+from models.convert import Layout, save_official
 from models.registry import MODELS, build
 from models.timm_model import TimmModel
 from models.transnext import TransNeXtConfig
@@ -120,6 +121,23 @@ def export_timm(source: Exportable, out: Path) -> None:
         raise UserError(f"{out} cannot be written: {error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def export_official(source: Exportable, out: Path, *, layout: Layout) -> None:
+    """Write the weights as one file that the authors' own code reads.
+
+    Raises:
+        UserError: if `out` is in the way.
+        ModelError: if the model has no such layout or the file cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: remove it, or give another --out")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        save_official(source.model, part, layout=layout)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_timm(source: Exportable, out: Path) -> None:
@@ -307,13 +325,25 @@ def main() -> int:
         prog="foveate export", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("source", type=Path, help="a run folder, or one of its checkpoints")
-    parser.add_argument("--format", choices=["timm"], required=True)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--format",
+        choices=["timm", "official"],
+        required=True,
+        help="a folder that timm loads, or a file that the authors' code loads",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder or file to write")
+    parser.add_argument(
+        "--layout", choices=get_args(Layout), default="classification", help="of an official file"
+    )
     parser.add_argument("--weights", choices=["ema", "live"], help="default: ema where it exists")
     arguments = parser.parse_args()
     try:
-        export_timm(load(arguments.source, weights=arguments.weights), arguments.out)
-    except UserError as error:
+        source = load(arguments.source, weights=arguments.weights)
+        if arguments.format == "timm":
+            export_timm(source, arguments.out)
+        else:
+            export_official(source, arguments.out, layout=arguments.layout)
+    except (UserError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"exported {arguments.source} to {arguments.out}")

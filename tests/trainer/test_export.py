@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.local import python_environment
 from launcher.process import Process
+from models.convert import load_weights
 from models.registry import build
 from tests.dist import run_distributed
 from tests.trainer.disk import on_small_disk
@@ -357,6 +358,22 @@ def test_an_interrupted_export_leaves_no_bundle_and_is_done_again(run, tmp_path)
     assert not out.exists()
     export_timm(load(run.path), out)
     assert [path.name for path in tmp_path.iterdir()] == ["timm"]
+
+
+@FIRST
+def test_a_run_becomes_a_file_of_the_authors_code(run, bundle, tmp_path):
+    for layout, classes in (("classification", 10), ("dense", 0)):
+        out = tmp_path / f"{layout}.pth"
+        options = "--format", "official", "--layout", layout, "--out", out
+        done = foveate("export", run.path, *options)
+        assert done.returncode == 0, done.stderr
+        model = build(run.name, img_size=SIZE, num_classes=classes)
+        assert load_weights(model, out) == []
+        weights = load_file(bundle / "model.safetensors")
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        again = foveate("export", run.path, *options)
+        assert again.returncode == 2
+        assert again.stderr == f"error: {out} exists: remove it, or give another --out\n"
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):

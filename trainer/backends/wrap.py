@@ -23,8 +23,14 @@ from models.layers import BatchNorm, recomputing
 from models.registry import build
 from trainer.config import MemoryConfig, ModelConfig
 
-# All blocks are one function to the compiler, which keeps a version for each stage and mode.
-COMPILE: dict[str, Any] = {"dynamic": False, "recompile_limit": 32}
+# All blocks are one function to the compiler, which keeps a version for each stage and mode. Our
+# maps [B, H, W, C] have their channels last already; rearranged on the way to convolutions, as the
+# compiler would, they come out transposed, and tens of times slower.
+COMPILE: dict[str, Any] = {
+    "dynamic": False,
+    "recompile_limit": 32,
+    "options": {"layout_optimization": False},
+}
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> Backbone:
