@@ -1,4 +1,4 @@
-"""The operators the models call, each with one definition in `eager` or `eager_conv`.
+"""The operators the models call, each with one definition in one of the `eager` files.
 
 Invariant: models import operators from here and nowhere else.
 """

@@ -98,7 +98,7 @@ class _Wide(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad.sum(dim=(0, 1, 2)) if ctx.needs_input_grad[2] else None
         with full_precision(x):
             grad_x = input_gradient(grad, weight)
             return grad_x, weight_gradient(x, grad, side=weight.shape[-1]), grad_bias

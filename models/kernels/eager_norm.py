@@ -114,7 +114,7 @@ class _GeluNormLinear(torch.autograd.Function):
         with full_precision(x):
             centred = widen(F.gelu(x)).sub_(mean).flatten(0, -2)
             # All other sums over the map follow from these two.
-            grad_bias, product = _sum(grad), grad.t() @ centred.to(x.dtype)
+            grad_bias, product = _sum(grads[0]), grad.t() @ centred.to(x.dtype)
             grad_weight = product * (gain * inverse) + grad_bias[:, None] * shift
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
             slope, offset = _line(products, grad_shift, gain, inverse, count, ctx.group)
@@ -228,7 +228,7 @@ def _line(
 
 def _sum(x: Tensor) -> Tensor:
     """The sum of a map over all but its channels, at least in float32."""
-    return x.flatten(0, -2).sum(dim=0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.sum(dim=(0, 1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
