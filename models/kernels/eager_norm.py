@@ -237,7 +237,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    grad_x: Tensor = torch.ops.aten.gelu_backward(grad.to(x.dtype), x)
+    """The gradient of GELU's input; overwrites `grad` where it has the input's dtype."""
+    grad = grad.to(x.dtype)
+    grad_x: Tensor = torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
     return grad_x
 
 
