@@ -80,6 +80,7 @@ EXCEPTIONS = {
     ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
     ("trainer.export", "models.timm_model"),  # and whose code that library has itself
     ("trainer.export", "models.convert"),  # writes the authors' files
+    ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
 }
 
 

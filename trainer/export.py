@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models.base import Backbone, ModelError
 from models.convert import Layout, save_official
+from models.fold import fold_batch_norm
 from models.registry import MODELS, build
 from models.timm_model import TimmModel
 from models.transnext import TransNeXtConfig
@@ -51,6 +52,20 @@ class Exportable:
     config: RunConfig
     weights: str
     model: Backbone
+    folded: bool = False
+
+
+def fold(source: Exportable) -> Exportable:
+    """Return the model without the batch norms that evaluation can do without.
+
+    Raises:
+        UserError: if it has none that can be folded.
+    """
+    folded = fold_batch_norm(source.model)
+    if folded.state_dict().keys() == source.model.state_dict().keys():
+        name = source.config.model.name
+        raise UserError(f"{name} has no batch norm to fold: leave --fold-batch-norm out")
+    return replace(source, model=folded, folded=True)
 
 
 def load(source: Path, *, weights: str | None = None) -> Exportable:
@@ -153,7 +168,7 @@ def _write_timm(source: Exportable, out: Path) -> None:
         description["model_args"] = model.model_args
     else:
         network, name = model, f"foveate_{config.name}"
-        (out / MODEL_FILE).write_text(model_source(config, cfg))
+        (out / MODEL_FILE).write_text(model_source(config, cfg, folded=source.folded))
     weights = {k: v.contiguous() for k, v in network.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     description = {"architecture": name, **description}
@@ -202,7 +217,7 @@ def sample_images(size: int) -> Tensor:
     return torch.stack((first, first.transpose(1, 2).flip(0))).contiguous()
 
 
-def model_source(config: ModelConfig, cfg: dict[str, Any]) -> str:
+def model_source(config: ModelConfig, cfg: dict[str, Any], *, folded: bool) -> str:
     """Return one file of Python that registers the model with timm and needs nothing of ours."""
     family_config = MODELS[config.name]
     family = type(family_config).__name__.removesuffix("Config")
@@ -215,19 +230,23 @@ def model_source(config: ModelConfig, cfg: dict[str, Any]) -> str:
             "position_mode": None,
             "layer_scale": config.layer_scale,
         }
-    modules = _with_dependencies([f"models.{family.lower()}", "trainer.timm_adapter"])
+    modules = [f"models.{family.lower()}", "trainer.timm_adapter"]
+    build = f"partial(Timm{family}, CONFIG, **OPTIONS)"
+    if folded:
+        modules.append("models.fold")
+        build = f"lambda **own: fold_batch_norm(Timm{family}(CONFIG, **OPTIONS, **own))"
     return "\n\n".join(
         [
             f'"""{family} as trained by Foveate, in one file, for timm. Apache-2.0."""',
             "from __future__ import annotations",
             "from functools import partial",
-            *(_own_code(path) for path in modules),
+            *(_own_code(path) for path in _with_dependencies(modules)),
             f"class Timm{family}(TimmBackbone, {family}):\n"
             f'    """{family} under timm\'s names."""\n',
             f"CONFIG = {family_config!r}",
             f"OPTIONS = {options!r}",
             f"CFG = {cfg!r}",
-            f"build = partial(Timm{family}, CONFIG, **OPTIONS)",
+            f"build = {build}",
             f'register_backbone("foveate_{config.name}", build, CFG)\n',
         ]
     )
@@ -336,9 +355,16 @@ def main() -> int:
         "--layout", choices=get_args(Layout), default="classification", help="of an official file"
     )
     parser.add_argument("--weights", choices=["ema", "live"], help="default: ema where it exists")
+    parser.add_argument(
+        "--fold-batch-norm",
+        action="store_true",
+        help="fold batch norms into the layers beside them: faster, and for evaluation alone",
+    )
     arguments = parser.parse_args()
     try:
         source = load(arguments.source, weights=arguments.weights)
+        if arguments.fold_batch_norm:
+            source = fold(source)
         if arguments.format == "timm":
             export_timm(source, arguments.out)
         else:

@@ -376,6 +376,23 @@ def test_a_run_becomes_a_file_of_the_authors_code(run, bundle, tmp_path):
         assert again.stderr == f"error: {out} exists: remove it, or give another --out\n"
 
 
+def test_batch_norms_are_folded_where_asked_for(run, bundle, tmp_path):
+    options = "--format", "timm", "--fold-batch-norm", "--out", tmp_path / "folded"
+    done = foveate("export", run.path, *options)
+    if run.name.startswith("transnext"):
+        assert done.returncode == 2
+        assert "has no batch norm to fold" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    logits = load_file(tmp_path / "folded" / "sample.safetensors")["logits"]
+    torch.testing.assert_close(logits, load_file(bundle / "sample.safetensors")["logits"])
+    norms, fewer = (
+        [name for name in load_file(path / "model.safetensors") if name.endswith("running_var")]
+        for path in (bundle, tmp_path / "folded")
+    )
+    assert len(fewer) == build(run.name).num_blocks < len(norms)
+
+
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
