@@ -1,6 +1,7 @@
 """BatchNorm against torch's own: numbers, dtypes, synchronisation, recomputation, accumulation."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,25 @@ def test_recomputation_moves_nothing():
     torch.testing.assert_close(x.grad, expected)
     assert_same_state(ours, plain)
     assert ours.num_batches_tracked == 1
+
+
+def test_recomputed_blocks_move_once():
+    """The operators that blocks fuse their norms into are repeated like plain ones."""
+    torch.manual_seed(0)
+    plain = build("transxnet_pico", img_size=32, num_classes=3)
+    ours = copy.deepcopy(plain)
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(plain.num_blocks, 2, 4)
+    contexts = lambda: (torch.enable_grad(), recomputing())  # noqa: E731
+    for block in ours.blocks():
+        if block.residual:
+            options = {"use_reentrant": False, "context_fn": contexts}
+            block.module.forward = partial(checkpoint, block.module.forward, **options)
+    for model in (plain, ours):
+        model(images, noise).square().sum().backward()
+    assert_same_state(ours, plain)
+    assert ours.network[0][0].mlp.norm.num_batches_tracked == 1
+    for recomputed, parameter in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(recomputed.grad, parameter.grad)
 
 
 def test_accumulation_is_one_update_with_the_average():
