@@ -17,7 +17,7 @@ from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
 from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry, stage_plan
 from .kernels import aggregated_attention, conv_glu, cosine_attention, pooled_gelu
 from .kernels.eager import widen
-from .layers import Conv, Depthwise, Pointwise, drop_path
+from .layers import Conv, Depthwise, Pointwise, add_branch
 from .position import PositionBias
 
 PositionMode = Literal["extrapolate", "interpolate"]
@@ -166,9 +166,9 @@ class ResidualBlock(nn.Module):
         """x [B, H, W, C], keep [2, B] or None -> [B, H, W, C]."""
         first, second = (None, None) if keep is None else keep.unbind()
         mixed = _times(self.attn(self.norm1(x), geometry), self.layer_scale_1)
-        x = x + drop_path(mixed, first)
+        x = add_branch(x, mixed, first)
         fed = _times(self.mlp(self.norm2(x)), self.layer_scale_2)
-        return x + drop_path(fed, second)
+        return add_branch(x, fed, second)
 
 
 def _times(x: Tensor, gain: Tensor | None) -> Tensor:
