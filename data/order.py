@@ -88,12 +88,14 @@ class Schedule:
     """How an epoch of `num_samples` is cut into global batches, and those into micro-batches.
 
     The last num_samples mod global_batch positions of an epoch are left out; which samples stand
-    there differs from epoch to epoch. Raises DataError if the data set is smaller than a batch.
+    there differs from epoch to epoch. `mix_group` neighbours always go to one rank together: 2
+    where samples are mixed in pairs. Raises DataError if the data set is smaller than a batch.
     """
 
     num_samples: int
     global_batch: int
     micro_batches: int = 1
+    mix_group: int = 1
 
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.micro_batches < 1:
@@ -113,13 +115,14 @@ class Schedule:
         return self.num_samples // self.global_batch
 
     def check(self, shard: Shard) -> None:
-        """Raise DataError unless every rank gets a whole number of sample pairs."""
-        ranks, parts = shard.world_size, self.micro_batches
-        divisor = ranks * parts * 2
+        """Raise DataError unless every rank gets a whole number of samples, or of mixed groups."""
+        ranks, parts, group = shard.world_size, self.micro_batches, self.mix_group
+        divisor = ranks * parts * group
         if self.global_batch % divisor:
+            mixed = "" if group == 1 else f" × {group} images that are mixed"
             raise DataError(
                 f"global batch {self.global_batch} does not divide by {divisor} = {ranks} "
-                f"processes × {parts} micro-batches × 2 (samples are mixed in pairs): use "
+                f"processes × {parts} micro-batches{mixed}: use "
                 f"{max(1, round(self.global_batch / divisor)) * divisor}"
             )
 

@@ -68,8 +68,9 @@ _Pending = tuple[_Plan, Tensor, list[Future[None]]]
 class ImagePipeline:
     """The `DataPipeline` of training images.
 
-    `global_batch` samples make an optimizer step, cut into `micro_batches`; with `repeats` above 1
-    an epoch shows so many differently augmented copies of fewer images. How they are loaded
+    `global_batch` samples make an optimizer step, cut into `micro_batches`, each rank getting whole
+    groups of `mix_group` neighbours; with `repeats` above 1 an epoch shows so many differently
+    augmented copies of fewer images. How they are loaded
     changes nothing about them: `num_workers` threads decode, `prefetch` micro-batches are kept
     ahead, and images, labels and validity end up on `device`. Raises DataError if the data set is
     smaller than a batch.
@@ -82,6 +83,7 @@ class ImagePipeline:
         augment: AugmentSpec,
         global_batch: int,
         micro_batches: int = 1,
+        mix_group: int = 1,
         repeats: int = 1,
         seed: int = 0,
         num_workers: int = 2,
@@ -92,7 +94,10 @@ class ImagePipeline:
         self.augment = augment
         self.seed = seed
         self.schedule = Schedule(
-            num_samples=len(source), global_batch=global_batch, micro_batches=micro_batches
+            num_samples=len(source),
+            global_batch=global_batch,
+            micro_batches=micro_batches,
+            mix_group=mix_group,
         )
         self._order = Order(num_samples=len(source), seed=seed, repeats=repeats)
         self._loader = _Loader(

@@ -92,6 +92,11 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel standard deviations of images in 0..1."""
 
+    @property
+    def mix_group(self) -> int:
+        """Neighbouring images that are mixed with one another: pairs, or each by itself."""
+        return 2 if self.mixup > 0 or self.cutmix > 0 else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -323,10 +328,11 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
         yield f"optim.betas is {optim.betas}: both must be at least 0 and below 1"
     if not all(deviation > 0 for deviation in data.std):
         yield f"data.std is {data.std}: deviations must be above 0"
-    if train.batch_size % (2 * train.accumulate):
+    if train.batch_size % (data.mix_group * train.accumulate):
+        mixed = "" if data.mix_group == 1 else f" × {data.mix_group} images that are mixed"
         yield (
-            f"train.batch_size {train.batch_size} is not a multiple of 2 × train.accumulate "
-            f"{train.accumulate}: images are mixed in pairs"
+            f"train.batch_size {train.batch_size} is not a multiple of train.accumulate "
+            f"{train.accumulate}{mixed}"
         )
     for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
         if not 0 < low <= high:

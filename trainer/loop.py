@@ -313,6 +313,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         augment=augment,
         global_batch=config.train.batch_size,
         micro_batches=config.train.accumulate,
+        mix_group=data.mix_group,
         repeats=data.repeats,
         seed=config.train.seed,
         num_workers=data.num_workers,

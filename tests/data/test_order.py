@@ -132,10 +132,19 @@ def test_the_remainder_is_dropped_and_the_epoch_rolls_over():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic():
-    schedule = Schedule(num_samples=1000, global_batch=100, micro_batches=2)
+    pairs = Schedule(num_samples=1000, global_batch=100, micro_batches=2, mix_group=2)
     with pytest.raises(DataError, match=r"100 does not divide by 12 = 3 processes × 2 micro-") as e:
-        schedule.take(START, Shard(rank=0, world_size=3))
-    assert "use 96" in str(e.value)
+        pairs.take(START, Shard(rank=0, world_size=3))
+    assert "× 2 images that are mixed: use 96" in str(e.value)
+    alone = Schedule(num_samples=1000, global_batch=100, micro_batches=2)
+    with pytest.raises(DataError, match=r"by 6 = 3 processes × 2 micro-batches: use 102"):
+        alone.take(START, Shard(rank=0, world_size=3))
+
+
+def test_without_mixing_a_rank_may_get_a_single_sample():
+    schedule = Schedule(num_samples=9, global_batch=3)
+    ranks = [schedule.take(START, Shard(rank=rank, world_size=3)) for rank in range(3)]
+    assert [rank.positions.tolist() for rank in ranks] == [[0], [1], [2]]
 
 
 def test_a_cursor_within_a_micro_batch_is_refused():

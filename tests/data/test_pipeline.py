@@ -201,7 +201,7 @@ def test_a_cursor_of_other_data_or_another_seed_is_refused():
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded():
     pipeline = make_pipeline()
-    with pytest.raises(DataError, match=r"96 does not divide by 10 = 5 processes × 1 micro"):
+    with pytest.raises(DataError, match=r"96 does not divide by 5 = 5 processes × 1 micro"):
         pipeline.batches(pipeline.start(), Shard(rank=0, world_size=5))
     with pytest.raises(DataError, match="num_workers 0"):
         make_pipeline(num_workers=0)

@@ -181,6 +181,13 @@ def test_a_batch_that_does_not_divide_among_the_processes_names_one_that_does(ca
     assert_one_line(done, "global batch 26 does not divide by 4 = 2 processes", "use 24")
 
 
+def test_a_single_image_without_company_cannot_be_batch_normalised(case):
+    model = ("--model.name", "transxnet_pico", "--data.mixup", "0", "--data.cutmix", "0")
+    arguments = ("--run-dir", str(case.folder / "new"), *model, "--train.batch-size", "1")
+    done = pretrain(command(case.run, case.folder, *arguments))
+    assert_one_line(done, "BatchNorm over", "got one value per channel", "a larger batch")
+
+
 def test_numbers_gone_bad_end_in_code_77_and_are_on_record_to_the_last_step(case):
     run = case.folder / "new"
     options = ("--train.epochs", "9", "--eval.every-epochs", "9", "--log.every", "1")

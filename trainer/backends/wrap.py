@@ -70,7 +70,9 @@ def wrap_blocks(model: Backbone, config: MemoryConfig) -> None:
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Let every BatchNorm take its statistics over all processes."""
+    """Let every BatchNorm take its statistics over all processes, where there are several."""
+    if dist.get_world_size() == 1:
+        return
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.process_group = dist.group.WORLD
