@@ -137,6 +137,21 @@ def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
     return torch.cat(columns, dim=-1)
 
 
+def tap_sums(grad: Tensor, *, side: int) -> Tensor:
+    """`weight_gradient` [C, 1, side, side] on a map of ones, at least in float32.
+
+    At each tap the sum of `grad` [B, H, W, C] over the pixels whose neighbour there is in the map.
+    """
+    image = grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    taps = torch.arange(side, device=grad.device)[:, None] - side // 2
+    rows, columns = (
+        ((0 <= neighbour) & (neighbour < size)).to(image.dtype)
+        for size in image.shape[:2]
+        for neighbour in (taps + torch.arange(size, device=grad.device),)
+    )
+    return torch.einsum("kh,hwc,lw->ckl", rows, image, columns)[:, None]
+
+
 def _narrow_gradient(x: Tensor, grad: Tensor, shape: tuple[int, int]) -> Tensor:
     weight_grad: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]  # unannotated in torch
         x.permute(0, 3, 1, 2),

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from .eager import full_precision, widen
-from .eager_depthwise import scaled_residual_conv, weight_gradient
+from .eager_depthwise import scaled_residual_conv, tap_sums, weight_gradient
 
 Group = distributed.ProcessGroup | None
 Normed = tuple[Tensor, Tensor, Tensor]
@@ -71,21 +71,21 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
     ) -> Normed:
-        normed, *statistics, unbiased = _normalise(x, gain, shift, eps, group)
-        ctx.save_for_backward(x, gain, *statistics)
+        mean, variance, count = _statistics(x, group)
+        ctx.save_for_backward(x, gain, mean, torch.rsqrt(variance + eps), count)
         ctx.group = group
-        ctx.mark_non_differentiable(statistics[0], unbiased)
-        return normed, statistics[0], unbiased
+        normed = _apply_norm(x, mean, variance, gain, shift, eps)
+        return _with_statistics(ctx, normed, mean, variance, count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, mean, inverse, count = ctx.saved_tensors
-        grad = widen(grads[0])
-        centred = widen(x) - mean
-        products, grad_shift = _sum(centred * grad), _sum(grad)
-        slope, offset = _line(products, grad_shift, gain, inverse, count, ctx.group)
-        grad_x = centred.mul_(slope).addcmul_(grad, gain * inverse).add_(offset)
-        return grad_x.to(x.dtype), products * inverse, grad_shift, None, None
+        x, grad = widen(x), widen(grads[0])
+        grad_shift = _sum(grad)
+        products = _sum(x * grad) - mean * grad_shift
+        slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
+        grad_x = torch.addcmul(offset, x, slope).addcmul_(grad, gain * inverse)
+        return grad_x.to(grads[0].dtype), products * inverse, grad_shift, None, None
 
 
 class _GeluNormLinear(torch.autograd.Function):
@@ -100,26 +100,33 @@ class _GeluNormLinear(torch.autograd.Function):
         eps: float,
         group: Group,
     ) -> Normed:
-        normed, *statistics, unbiased = _normalise(F.gelu(x), gain, shift, eps, group)
-        ctx.save_for_backward(x, gain, shift, weight, *statistics)
+        active = F.gelu(x)
+        mean, variance, count = _statistics(active, group)
+        inverse = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, gain, shift, weight, mean, inverse, count)
         ctx.group = group
-        ctx.mark_non_differentiable(statistics[0], unbiased)
-        cast = None if bias is None else bias.to(x.dtype)
-        return F.linear(normed, weight.to(x.dtype), cast), statistics[0], unbiased
+        # The norm is a line, and goes into the linear layer.
+        scale, wide = gain * inverse, widen(weight)
+        constant = wide @ (shift - mean * scale)
+        if bias is not None:
+            constant = constant + bias
+        out = F.linear(active, (wide * scale).to(x.dtype), constant.to(x.dtype))
+        return _with_statistics(ctx, out, mean, variance, count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shift, weight, mean, inverse, count = ctx.saved_tensors
-        grad, wide = grads[0].flatten(0, -2), widen(weight)
+        grad, wide, scale = grads[0].flatten(0, -2), widen(weight), gain * inverse
         with full_precision(x):
-            centred = widen(F.gelu(x)).sub_(mean).flatten(0, -2)
+            active = F.gelu(x).flatten(0, -2)
             # All other sums over the map follow from these two.
-            grad_bias, product = _sum(grads[0]), grad.t() @ centred.to(x.dtype)
-            grad_weight = product * (gain * inverse) + grad_bias[:, None] * shift
+            grad_bias, product = _sum(grads[0]), grad.t() @ active
+            product = product - torch.outer(grad_bias, mean)
+            grad_weight = product * scale + torch.outer(grad_bias, shift)
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
-            slope, offset = _line(products, grad_shift, gain, inverse, count, ctx.group)
-            rest = centred.mul_(slope).add_(offset)
-            grad_active = _add_product(rest, grad, (wide * (gain * inverse)).to(x.dtype))
+            slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
+            rest = torch.addcmul(offset, active, slope)
+            grad_active = _add_product(rest, grad, (wide * scale).to(x.dtype))
             grad_x = _gelu_backward(grad_active.view_as(x), x)
         parameters = products * inverse, grad_shift, grad_weight
         return grad_x, *parameters, grad_bias if ctx.needs_input_grad[4] else None, None, None
@@ -137,84 +144,84 @@ class _GeluNormConv(torch.autograd.Function):
         bias: Tensor,
         *weights: Tensor,
     ) -> Normed:
-        normed, *statistics, unbiased = _normalise(F.gelu(x), gain, shift, eps, group)
-        ctx.save_for_backward(x, gain, shift, *statistics, *weights)
+        active = F.gelu(x)
+        mean, variance, count = _statistics(active, group)
+        inverse = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, gain, shift, mean, inverse, count, *weights)
         ctx.group = group
-        ctx.mark_non_differentiable(statistics[0], unbiased)
+        normed = _apply_norm(active, mean, variance, gain, shift, eps)
         out = scaled_residual_conv(normed, _one_size(weights), bias, torch.ones_like(gain))
-        return out, statistics[0], unbiased
+        return _with_statistics(ctx, out, mean, variance, count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shift, mean, inverse, count, *weights = ctx.saved_tensors
-        grad = grads[0]
+        grad, scale = grads[0], gain * inverse
         with full_precision(x):
-            centred = widen(F.gelu(x)).sub_(mean)
-            # One image holds all that the gradients of y's constant part can see.
-            image = grad.sum(dim=0, keepdim=True, dtype=centred.dtype)
-            taps = _weight_gradients(centred.to(x.dtype), grad, weights)
-            ones = _weight_gradients(torch.ones_like(image), image, weights)
-            # The sums that the norm needs follow from these: no pass over a map.
-            kernel = _one_size(weights)
+            active, kernel = F.gelu(x), _one_size(weights)
+            # Of the norm's two parts, the line and the constant: no more passes over a map.
+            constant = tap_sums(grad, side=kernel.shape[-1])
+            line = _one_size(_weight_gradients(active, grad, weights))
+            line = line - constant * _per_kernel(mean)
             products, grad_shift = (
-                (kernel * _one_size(part)).sum(dim=(1, 2, 3)) + _centre(part)
-                for part in (taps, ones)
+                (kernel * part).sum(dim=(1, 2, 3)) + _centre(part) for part in (line, constant)
             )
-            slope, offset = _line(products, grad_shift, gain, inverse, count, ctx.group)
-            scale = gain * inverse
-            kernel = (kernel * scale[:, None, None, None]).flip(2, 3)
-            grad_active = scaled_residual_conv(grad, kernel, offset, scale)
-            grad_active = grad_active.addcmul_(centred, slope)
-            grad_x = _gelu_backward(grad_active, x)
-            widths = [len(weight) for weight in weights]
-            lines = torch.split(torch.stack([scale, shift])[..., None, None, None], widths, dim=1)
-            grad_weights = [
-                tap * a + one * b for tap, one, (a, b) in zip(taps, ones, lines, strict=True)
-            ]
-        grad_bias = _centre(ones)
-        return grad_x, products * inverse, grad_shift, None, None, grad_bias, *grad_weights
+            slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
+            flipped = (kernel * _per_kernel(scale)).flip(2, 3)
+            grad_active = scaled_residual_conv(grad, flipped, offset, scale)
+            grad_x = _gelu_backward(grad_active.addcmul_(active, slope), x)
+            grad_kernel = line * _per_kernel(scale) + constant * _per_kernel(shift)
+        grad_weights = _own_sizes(grad_kernel, weights)
+        return grad_x, products * inverse, grad_shift, None, None, _centre(constant), *grad_weights
 
 
-def _normalise(
-    x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
-) -> tuple[Tensor, ...]:
-    """The normalised map, mean, inverse deviation, number of values and unbiased variance."""
-    if group is not None:
-        return _normalise_together(x, gain, shift, eps, group)
-    # Momentum 1 makes torch hand over the statistics of this batch.
-    mean, unbiased = torch.zeros_like(gain), torch.zeros_like(gain)
-    normed = F.batch_norm(
-        x.permute(0, 3, 1, 2), mean, unbiased, gain, shift, True, momentum=1.0, eps=eps
-    )
+def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and (biased) variance [C] of a map, and the number of values of a channel."""
     size = x.numel() // x.shape[-1]
-    inverse = torch.rsqrt(unbiased * ((size - 1) / size) + eps)
-    return normed.permute(0, 2, 3, 1), mean, inverse, mean.new_full((), size), unbiased
-
-
-def _normalise_together(
-    x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: distributed.ProcessGroup
-) -> tuple[Tensor, ...]:
-    """Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing."""
+    if group is None:
+        # The dtype of the statistics is that of the running ones, which nothing reads here.
+        running = x.new_zeros(2, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        mean, variance = torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), *running, 0.0)
+        return mean, variance, mean.new_full((), size)
+    # Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
     wide = widen(x)
-    size = x.numel() // x.shape[-1]
     mean = _sum(wide) / size
     square = _sum((wide - mean).square_()).double() + mean.double() ** 2 * size
     sums = torch.cat([mean.double() * size, square, square.new_full((1,), size)])
     distributed.all_reduce(sums, group=group)
     count = sums[-1]
-    mean, square = (sums[:-1] / count).chunk(2)
-    variance = (square - mean**2).clamp_min(0)
-    inverse = torch.rsqrt(variance + eps).to(wide.dtype)
+    exact_mean, square = (sums[:-1] / count).chunk(2)
+    variance = (square - exact_mean**2).clamp_min(0)
+    return exact_mean.to(wide.dtype), variance.to(wide.dtype), count.to(wide.dtype)
+
+
+def _apply_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor, eps: float
+) -> Tensor:
+    """The map normalised by these statistics, times gain, plus shift, in its own dtype."""
+    planes = x.permute(0, 3, 1, 2)
+    return F.batch_norm(planes, mean, variance, gain, shift, eps=eps).permute(0, 2, 3, 1)
+
+
+def _with_statistics(
+    ctx: Any, out: Tensor, mean: Tensor, variance: Tensor, count: Tensor
+) -> Normed:
+    """What an operator returns: its output, and what moves the running statistics."""
     unbiased = variance * (count / (count - 1).clamp_min(1))
-    mean = mean.to(wide.dtype)
-    normed = (wide - mean).mul_(inverse * gain).add_(shift)
-    return normed.to(x.dtype), mean, inverse, count.to(wide.dtype), unbiased.to(wide.dtype)
+    ctx.mark_non_differentiable(mean, unbiased)
+    return out, mean, unbiased
 
 
 def _line(
-    products: Tensor, grads: Tensor, gain: Tensor, inverse: Tensor, count: Tensor, group: Group
+    products: Tensor,
+    grads: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    count: Tensor,
+    group: Group,
 ) -> tuple[Tensor, Tensor]:
-    """What a norm's statistics add to its input's gradient: slope * (x - mean) + offset.
+    """What a norm's statistics add to its input's gradient: slope * x + offset.
 
     Of the sums over the batch of gradient times (x - mean), and of the gradient.
     """
@@ -223,7 +230,8 @@ def _line(
         distributed.all_reduce(sums, group=group)
     mean_product, mean_grad = (sums / count).unbind()
     scale = gain * inverse
-    return -scale * inverse**2 * mean_product, -scale * mean_grad
+    slope = -scale * inverse**2 * mean_product
+    return slope, -scale * mean_grad - mean * slope
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -251,9 +259,22 @@ def _one_size(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return widen(torch.cat(padded))
 
 
-def _centre(weights: list[Tensor]) -> Tensor:
+def _own_sizes(kernel: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """`_one_size` undone: the middle of each part of the channels, sized as in `like`."""
+    parts = torch.split(kernel, [len(weight) for weight in like])
+    margins = [(kernel.shape[-1] - weight.shape[-1]) // 2 for weight in like]
+    return [F.pad(part, (-margin,) * 4) for part, margin in zip(parts, margins, strict=True)]
+
+
+def _centre(kernel: Tensor) -> Tensor:
     """The weight [C] of each channel's middle."""
-    return torch.cat([w[:, 0, w.shape[-1] // 2, w.shape[-1] // 2] for w in weights])
+    middle = kernel.shape[-1] // 2
+    return kernel[:, 0, middle, middle]
+
+
+def _per_kernel(values: Tensor) -> Tensor:
+    """Values [C] in the shape of kernels [C, 1, 1, 1]."""
+    return values[:, None, None, None]
 
 
 def _weight_gradients(x: Tensor, grad: Tensor, weights: list[Tensor]) -> list[Tensor]:
