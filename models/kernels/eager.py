@@ -97,7 +97,7 @@ def relative_attention(q: Tensor, kv: Tensor, *, position: Tensor, num_heads: in
         keys, values = (_split_heads(p.flatten(1, 2), num_heads) for p in kv.chunk(2, dim=-1))
         queries = _split_heads(q.flatten(1, 2), num_heads)
         logits = (widen(queries) / math.sqrt(queries.shape[-1])) @ widen(keys).transpose(-2, -1)
-        mixed = (logits + position).softmax(dim=-1).to(values.dtype) @ values
+        mixed = logits.add_(position).softmax(dim=-1).to(values.dtype) @ values
     return mixed.transpose(1, 2).reshape(q.shape)
 
 

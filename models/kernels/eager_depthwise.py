@@ -145,7 +145,7 @@ def tap_sums(grad: Tensor, *, side: int) -> Tensor:
     image = grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32))
     taps = torch.arange(side, device=grad.device)[:, None] - side // 2
     rows, columns = (
-        ((0 <= neighbour) & (neighbour < size)).to(image.dtype)
+        ((neighbour >= 0) & (neighbour < size)).to(image.dtype)
         for size in image.shape[:2]
         for neighbour in (taps + torch.arange(size, device=grad.device),)
     )

@@ -179,9 +179,14 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (biased) variance [C] of a map, and the number of values of a channel."""
     size = x.numel() // x.shape[-1]
     if group is None:
-        # The dtype of the statistics is that of the running ones, which nothing reads here.
-        running = x.new_zeros(2, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
-        mean, variance = torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), *running, 0.0)
+        # The statistics get the dtype of the running ones, which nothing reads here.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = torch.batch_norm_update_stats(
+            x.permute(0, 3, 1, 2),
+            x.new_zeros(x.shape[-1], dtype=wide),
+            x.new_zeros(x.shape[-1], dtype=wide),
+            0.0,
+        )
         return mean, variance, mean.new_full((), size)
     # Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
     wide = widen(x)
