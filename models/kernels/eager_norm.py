@@ -180,12 +180,10 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     size = x.numel() // x.shape[-1]
     if group is None:
         # The statistics get the dtype of the running ones, which nothing reads here.
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        running = [x.new_zeros(x.shape[-1], dtype=dtype) for _ in range(2)]
         mean, variance = torch.batch_norm_update_stats(
-            x.permute(0, 3, 1, 2),
-            x.new_zeros(x.shape[-1], dtype=wide),
-            x.new_zeros(x.shape[-1], dtype=wide),
-            0.0,
+            x.permute(0, 3, 1, 2), running[0], running[1], 0.0
         )
         return mean, variance, mean.new_full((), size)
     # Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
