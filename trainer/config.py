@@ -329,10 +329,9 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
     if not all(deviation > 0 for deviation in data.std):
         yield f"data.std is {data.std}: deviations must be above 0"
     if train.batch_size % (data.mix_group * train.accumulate):
-        mixed = "" if data.mix_group == 1 else f" × {data.mix_group} images that are mixed"
         yield (
             f"train.batch_size {train.batch_size} is not a multiple of train.accumulate "
-            f"{train.accumulate}{mixed}"
+            f"{train.accumulate} × {data.mix_group}, the images that are mixed with one another"
         )
     for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
         if not 0 < low <= high:

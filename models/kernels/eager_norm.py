@@ -179,12 +179,7 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (biased) variance [C] of a map, and the number of values of a channel."""
     size = x.numel() // x.shape[-1]
     if group is None:
-        # The statistics get the dtype of the running ones, which nothing reads here.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        running = [x.new_zeros(x.shape[-1], dtype=dtype) for _ in range(2)]
-        mean, variance = torch.batch_norm_update_stats(
-            x.permute(0, 3, 1, 2), running[0], running[1], 0.0
-        )
+        mean, variance = _local_statistics(x)
         return mean, variance, mean.new_full((), size)
     # Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
     wide = widen(x)
@@ -196,6 +191,19 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     exact_mean, square = (sums[:-1] / count).chunk(2)
     variance = (square - exact_mean**2).clamp_min(0)
     return exact_mean.to(wide.dtype), variance.to(wide.dtype), count.to(wide.dtype)
+
+
+def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of this process's map."""
+    if x.is_meta or torch.compiler.is_compiling():  # where the faster operator is not implemented
+        variance, mean = torch.var_mean(widen(x), dim=(0, 1, 2), correction=0)
+        return mean, variance
+    # The statistics get the dtype of the running ones, which nothing reads here.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    running = [x.new_zeros(x.shape[-1], dtype=dtype) for _ in range(2)]
+    planes = x.permute(0, 3, 1, 2)
+    mean, variance = torch.batch_norm_update_stats(planes, running[0], running[1], 0.0)
+    return mean, variance
 
 
 def _apply_norm(
