@@ -70,10 +70,9 @@ class ImagePipeline:
 
     `global_batch` samples make an optimizer step, cut into `micro_batches`, each rank getting whole
     groups of `mix_group` neighbours; with `repeats` above 1 an epoch shows so many differently
-    augmented copies of fewer images. How they are loaded
-    changes nothing about them: `num_workers` threads decode, `prefetch` micro-batches are kept
-    ahead, and images, labels and validity end up on `device`. Raises DataError if the data set is
-    smaller than a batch.
+    augmented copies of fewer images. How they are loaded changes nothing about them: `num_workers`
+    threads decode, `prefetch` micro-batches are kept ahead, and images, labels and validity end up
+    on `device`. Raises DataError if the data set is smaller than a batch.
     """
 
     def __init__(
