@@ -24,9 +24,14 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or the dtype of `x` if it is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def widen(x: Tensor) -> Tensor:
     """`x` in float32, or unchanged if it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
 def aggregated_attention(

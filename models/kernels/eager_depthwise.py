@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from .eager import full_precision
+from .eager import full_precision, wide_dtype
 
 # On the CPU the weight gradient of a kernel wider than this costs ten times its arithmetic:
 # oneDNN has no depthwise form of it and pads every channel to sixteen.
@@ -142,14 +142,19 @@ def tap_sums(grad: Tensor, *, side: int) -> Tensor:
 
     At each tap the sum of `grad` [B, H, W, C] over the pixels whose neighbour there is in the map.
     """
-    image = grad.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32))
-    taps = torch.arange(side, device=grad.device)[:, None] - side // 2
-    rows, columns = (
-        ((neighbour >= 0) & (neighbour < size)).to(image.dtype)
-        for size in image.shape[:2]
-        for neighbour in (taps + torch.arange(size, device=grad.device),)
-    )
+    image = grad.sum(dim=0, dtype=wide_dtype(grad))
+    rows, columns = (_neighbours_inside(size, side, like=image) for size in image.shape[:2])
     return torch.einsum("kh,hwc,lw->ckl", rows, image, columns)[:, None]
+
+
+def _neighbours_inside(size: int, side: int, *, like: Tensor) -> Tensor:
+    """Whether (1 or 0) the neighbour at each tap of each place of a row is in the row too.
+
+    [side, size], in the dtype of `like`.
+    """
+    taps = torch.arange(side, device=like.device)[:, None] - side // 2
+    neighbours = taps + torch.arange(size, device=like.device)
+    return ((neighbours >= 0) & (neighbours < size)).to(like.dtype)
 
 
 def _narrow_gradient(x: Tensor, grad: Tensor, shape: tuple[int, int]) -> Tensor:

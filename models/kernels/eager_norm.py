@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from .eager import full_precision, widen
+from .eager import full_precision, wide_dtype, widen
 from .eager_depthwise import scaled_residual_conv, tap_sums, weight_gradient
 
 Group = distributed.ProcessGroup | None
@@ -199,8 +199,7 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(widen(x), dim=(0, 1, 2), correction=0)
         return mean, variance
     # The statistics get the dtype of the running ones, which nothing reads here.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    running = [x.new_zeros(x.shape[-1], dtype=dtype) for _ in range(2)]
+    running = [x.new_zeros(x.shape[-1], dtype=wide_dtype(x)) for _ in range(2)]
     planes = x.permute(0, 3, 1, 2)
     mean, variance = torch.batch_norm_update_stats(planes, running[0], running[1], 0.0)
     return mean, variance
@@ -247,7 +246,7 @@ def _line(
 
 def _sum(x: Tensor) -> Tensor:
     """The sum of a map over all but its channels, at least in float32."""
-    return x.sum(dim=(0, 1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.sum(dim=(0, 1, 2), dtype=wide_dtype(x))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

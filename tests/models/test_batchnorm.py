@@ -1,7 +1,6 @@
 """BatchNorm against torch's own: numbers, dtypes, synchronisation, recomputation, accumulation."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from models import build
 from models.base import ModelError
 from models.layers import BatchNorm, micro_batch, recomputing
 from tests.dist import run_distributed
+from trainer.backends.wrap import wrap_blocks
+from trainer.config import MemoryConfig
 
 
 def random_map(*shape, seed=0, dtype=torch.float64):
@@ -88,11 +89,7 @@ def test_recomputed_blocks_move_once():
     plain = build("transxnet_pico", img_size=32, num_classes=3)
     ours = copy.deepcopy(plain)
     images, noise = torch.randn(4, 3, 32, 32), torch.rand(plain.num_blocks, 2, 4)
-    contexts = lambda: (torch.enable_grad(), recomputing())  # noqa: E731
-    for block in ours.blocks():
-        if block.residual:
-            options = {"use_reentrant": False, "context_fn": contexts}
-            block.module.forward = partial(checkpoint, block.module.forward, **options)
+    wrap_blocks(ours, MemoryConfig(checkpointing="full"))
     for model in (plain, ours):
         model(images, noise).square().sum().backward()
     assert_same_state(ours, plain)

@@ -363,13 +363,16 @@ def test_an_interrupted_export_leaves_no_bundle_and_is_done_again(run, tmp_path)
 @FIRST
 def test_a_run_becomes_a_file_of_the_authors_code(run, bundle, tmp_path):
     weights = load_file(bundle / "model.safetensors")
+    export_official(load(run.path), tmp_path / "classification.pth", layout="classification")
+    out = tmp_path / "dense.pth"
+    options = "--format", "official", "--layout", "dense", "--out", out
+    done = foveate("export", run.path, *options)
+    assert done.returncode == 0, done.stderr
     for layout, classes in (("classification", 10), ("dense", 0)):
-        out = tmp_path / f"{layout}.pth"
-        export_official(load(run.path), out, layout=layout)
         model = build(run.name, img_size=SIZE, num_classes=classes)
-        assert load_weights(model, out) == []
+        assert load_weights(model, tmp_path / f"{layout}.pth") == []
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    again = foveate("export", run.path, "--format", "official", "--layout", "dense", "--out", out)
+    again = foveate("export", run.path, *options)
     assert again.returncode == 2
     assert again.stderr == f"error: {out} exists: remove it, or give another --out\n"
 

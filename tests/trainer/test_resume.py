@@ -43,9 +43,8 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
     # TransXNet's BatchNorm buffers travel too; 25 steps, of which 20 follow the checkpoint.
-    arguments = [
-        *("--model.name", "transxnet_pico", "--train.epochs", "5", "--eval.every-epochs", "5")
-    ]
+    arguments = ["--model.name", "transxnet_pico", "--train.epochs", "5"]
+    arguments += ["--eval.every-epochs", "5"]
     before = tmp_path / "before"
     run_distributed(train, 2, tiny_config(before, *arguments).to_json(), timeout=300)
     for backend, world_size in zip(BACKENDS, itertools.cycle((1, 3)), strict=False):
