@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.process import Process
+from tests.dist import run_distributed
 from trainer.config import RunConfig, override
 from trainer.loop import Trainer
 from trainer.recipes import recipe
@@ -43,6 +44,24 @@ def train(rank: int, world_size: int, config: str) -> bool:
     return Trainer(run_config, place).run()
 
 
+def train_named(
+    folder: Path, named: dict[str, tuple[int, list[str]]]
+) -> dict[str, tuple[dict[int, float], list[float]]]:
+    """Train `named` runs, name -> (world size, arguments), each in the folder of its name.
+
+    Those of one world size are trained in turn by the same processes: starting processes takes
+    longer than the runs do. Returns the losses by step and the accuracies of each.
+    """
+    for world_size in sorted({size for size, _ in named.values()}):
+        configs = [
+            tiny_config(folder / name, *arguments).to_json()
+            for name, (size, arguments) in named.items()
+            if size == world_size
+        ]
+        assert all(map(all, run_distributed(train_all, world_size, configs, timeout=600)))
+    return {name: (losses(folder / name), accuracies(folder / name)) for name in named}
+
+
 def train_all(rank: int, world_size: int, configs: list[str]) -> list[bool]:
     """Run several configurations in turn as one rank of a process group that exists."""
     return [train(rank, world_size, config) for config in configs]
@@ -57,3 +76,8 @@ def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Return the loss of every step; of a step that was run twice, the last."""
     return {line["step"]: line["loss"] for line in lines(run_dir, "train")}
+
+
+def accuracies(run_dir: Path) -> list[float]:
+    """Return top-1 of the live and the averaged weights, of every evaluation."""
+    return [line[name] for line in lines(run_dir, "eval") for name in ("top1", "ema_top1")]

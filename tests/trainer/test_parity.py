@@ -1,17 +1,10 @@
-"""The same run under every backend, world size and way of computing: the same losses.
-
-Runs of one world size are trained one after the other in the same processes: starting processes
-takes longer than the runs do.
-"""
+"""The same run under every backend, world size and way of computing: the same losses."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.dist import run_distributed
-from tests.trainer.runs import lines, losses, tiny_config, train_all
+from tests.trainer.runs import train_named
 from trainer.loop import BACKENDS
 
 MODELS = ("transnext_pico", "transxnet_pico")
@@ -19,11 +12,11 @@ WAYS = {
     **{f"{name} on 2": (2, ["--backend.name", name]) for name in BACKENDS},
     "fsdp on 3, recomputing": (3, ["--backend.name", "fsdp", "--memory.checkpointing", "full"]),
 }
-SPLIT = ["--model.name", MODELS[0], "--train.accumulate", "3", "--backend.name"]
 # Recomputation in bfloat16 has given NaN gradients on the CPU: keep it in.
 HALF = ["--memory.checkpointing", "1,3", "--train.precision"]
 STEPS = 5
 SHORT = ["--train.epochs", "1", "--optim.warmup-epochs", "0.4", "--eval.every-epochs", "1"]
+SPLIT = [*SHORT, "--model.name", MODELS[0], "--train.accumulate", "3", "--backend.name"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -38,28 +31,14 @@ def runs():
             "bf16": (2, [*HALF, "bf16"]),
         }
         for way, (world_size, arguments) in ways.items():
-            named[f"{model}, {way}"] = (world_size, ["--model.name", model, *arguments])
+            named[f"{model}, {way}"] = (world_size, [*SHORT, "--model.name", model, *arguments])
     return named
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What every run came to: its losses by step, and its accuracies."""
-    folder = tmp_path_factory.mktemp("runs")
-    named = runs()
-    for world_size in sorted({size for size, _ in named.values()}):
-        configs = [
-            tiny_config(folder / name, *SHORT, *arguments).to_json()
-            for name, (size, arguments) in named.items()
-            if size == world_size
-        ]
-        complete = run_distributed(train_all, world_size, configs, timeout=600)
-        assert all(map(all, complete))
-    return {name: (losses(folder / name), accuracies(folder / name)) for name in named}
-
-
-def accuracies(run_dir: Path) -> list[float]:
-    return [line[name] for line in lines(run_dir, "eval") for name in ("top1", "ema_top1")]
+    return train_named(tmp_path_factory.mktemp("runs"), runs())
 
 
 @pytest.mark.parametrize("model", MODELS)
