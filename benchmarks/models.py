@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -52,13 +53,23 @@ def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def train_pass(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def train_pass(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> float:
     """Return the seconds of one forward and backward pass."""
+    wait_for(images.device)
     start = time.perf_counter()
-    nn.functional.cross_entropy(model(images), labels).backward()
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
+        loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    wait_for(images.device)
     seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return seconds
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def saved_mib(model: nn.Module, images: Tensor) -> float:
@@ -93,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed passes of each model")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     arguments = parser.parse_args()
     unknown = set(arguments.models) - set(MODELS)
     if unknown:
@@ -109,7 +121,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         if arguments.compile and name != RIVAL:
             wrap_blocks(model, MemoryConfig(compile=True))
-    measure(models, lambda model: train_pass(model, images, labels), arguments.rounds)
+    step = partial(train_pass, images=images, labels=labels, bf16=arguments.bf16)
+    measure(models, step, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
-"""Tests run on the CPU, so that they are the same on every machine."""
+"""Tests run on the CPU, so that they are the same on every machine; `pytest -m gpu` on a GPU."""
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, and for every child
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts, and for every child

@@ -225,6 +225,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
+        self.metrics.flush()  # a run that goes on from here has reported every step before
         record = {"state": self.state.to_dict(), "model": self.config.model.name}
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
         self.saved = self.state

@@ -6,6 +6,8 @@ import itertools
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from launcher.local import Workers, launch
 from tests.dist import run_distributed
 from tests.trainer.runs import lines, losses, tiny_config, train
 from trainer import manifest
+from trainer.checkpoint import Checkpointer, State
+from trainer.config import RunConfig
 from trainer.loop import BACKENDS
 
 
@@ -57,6 +61,27 @@ def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
         assert sorted(went_on) == list(range(6, 26))
         expected = {step: loss for step, loss in losses(before).items() if step > 5}
         assert went_on == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_checkpoint_is_never_ahead_of_the_log(tmp_path: Path) -> None:
+    """Whoever is killed right after a save has reported all the steps that are in it."""
+    config = tiny_config(tmp_path / "run", "--train.epochs", "2", "--eval.every-epochs", "2")
+    (reported,) = run_distributed(_reported_at_saves, 1, config.to_json())
+    assert reported == [(5, 5), (10, 10)]
+
+
+def _reported_at_saves(rank: int, world_size: int, config: str) -> list[tuple[int, int]]:
+    """Return the last step reported and the step saved, at every save of a run."""
+    run_dir, found = Path(RunConfig.from_json(config).run_dir), []
+    save = Checkpointer.save
+
+    def note(self: Checkpointer, state: State, step: int, *rest: Any, **options: Any) -> None:
+        found.append((max(losses(run_dir)), step))
+        save(self, state, step, *rest, **options)
+
+    with mock.patch.object(Checkpointer, "save", note):
+        train(rank, world_size, config)
+    return found
 
 
 @cache

@@ -1,0 +1,66 @@
+"""Training on a GPU, by NCCL: a run of the CPU goes on there, and so does one that was killed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from launcher import rundir
+from launcher.local import Workers, launch
+from tests.trainer.runs import lines, losses, tiny_config
+from trainer import manifest
+
+MODELS = ("transnext_pico", "transxnet_pico")
+WAYS = {
+    "ddp": ["--backend.name", "ddp"],
+    "fsdp": ["--backend.name", "fsdp", "--memory.checkpointing", "full"],
+    "compiled": ["--backend.name", "fsdp", "--memory.compile"],
+    "bf16": ["--train.precision", "bf16", "--backend.name", "fsdp", "--memory.checkpointing", "1"],
+}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m gpu"),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def on_cpu(request, tmp_path_factory):
+    """The model's name, and the folder of a run of it on the CPU."""
+    folder = tmp_path_factory.mktemp("cpu")
+    config = tiny_config(folder, "--model.name", request.param, "--train.epochs", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert launch(rundir.prepare(config), num_processes=1) == 0
+    return request.param, folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_goes_on_from_the_cpu(way, on_cpu, tmp_path):
+    model, before = on_cpu
+    config = tiny_config(tmp_path, "--model.name", model, "--train.epochs", "2", *WAYS[way])
+    run_dir = rundir.prepare(config)
+    saved = before / "checkpoints"
+    shutil.copytree(saved / "step_0000000005", run_dir / "checkpoints" / "step_0000000005")
+    shutil.copy(saved / "generation", run_dir / "checkpoints")
+    assert launch(run_dir, num_processes=1) == 0
+    expected = {step: loss for step, loss in losses(before).items() if step > 5}
+    assert losses(run_dir) == pytest.approx(expected, abs=2e-2 if way == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_after_sigkill_it_goes_on(model, tmp_path):
+    arguments = ["--model.name", model, "--backend.name", "fsdp", "--train.precision", "bf16"]
+    whole = rundir.prepare(tiny_config(tmp_path / "whole", *arguments))
+    assert launch(whole, num_processes=1) == 0
+    killed = rundir.prepare(tiny_config(tmp_path / "killed", *arguments))
+    with Workers(killed, num_processes=1) as workers:
+        while not manifest.checkpoints(killed / "checkpoints"):
+            assert workers.running(seconds=0.02), "it ended before it could be killed"
+        workers.kill()
+    assert launch(killed, num_processes=1) == 0
+    starts = [line["step"] for line in lines(killed, "start")]
+    assert starts[1] in (5, 10, 15), "it went on from a checkpoint in the middle"
+    assert losses(killed) == pytest.approx(losses(whole), abs=2e-2)
