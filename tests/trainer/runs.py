@@ -22,7 +22,7 @@ TINY = (
     "--train.batch-size", "24", "--train.epochs", "4", "--train.ema-decay", "0.9",
     "--optim.warmup-epochs", "1", "--eval.every-epochs", "2", "--eval.batch-size", "24",
     "--checkpoint.every", "5", "--checkpoint.keep-last", "9",
-    "--log.every", "1", "--log.images", "4",
+    "--log.every", "1", "--log.images", "0",
 )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
         after = tmp_path / f"after on {world_size}"
         for name in ("step_0000000005", "generation"):
             _copy(before / "checkpoints" / name, after / "checkpoints" / name)
+        arguments += ["--checkpoint.every", "25"]
         config = tiny_config(after, *arguments, "--backend.name", backend)
         run_distributed(train, world_size, config.to_json(), timeout=300)
         went_on = losses(after)
