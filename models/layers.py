@@ -12,7 +12,13 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .base import ModelError
-from .kernels import batch_norm, depthwise_conv, gelu_norm_conv, gelu_norm_linear
+from .kernels import (
+    batch_norm,
+    depthwise_conv,
+    gelu_norm_conv,
+    gelu_norm_linear,
+    group_norm,
+)
 from .kernels.eager import widen
 from .kernels.eager_depthwise import add_identity, identity_fits
 from .kernels.eager_norm import Normed
@@ -112,7 +118,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise a map."""
-        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return group_norm(input, self.weight, self.bias, eps=self.eps)
 
 
 class _Update:

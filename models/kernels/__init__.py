@@ -14,3 +14,4 @@ from .eager_depthwise import dynamic_conv as dynamic_conv
 from .eager_norm import batch_norm as batch_norm
 from .eager_norm import gelu_norm_conv as gelu_norm_conv
 from .eager_norm import gelu_norm_linear as gelu_norm_linear
+from .eager_norm import group_norm as group_norm

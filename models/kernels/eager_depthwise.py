@@ -112,22 +112,34 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
     """The gradient [C, 1, side, side] of the weight of a depthwise convolution of stride 1.
 
-    x and grad [B, H, W, C]. Kernels too wide for the CPU are taken three columns at a time: the
-    gradient of columns near o is that of a narrow kernel on the map shifted by o. With enough
+    x and grad [B, H, W, C].
+    """
+    if side == 1:
+        return (x * grad).sum(dim=(0, 1, 2)).view(-1, 1, 1, 1)
+    if side <= WIDEST or x.device.type != "cpu":
+        return _narrow_gradient(x, grad, (side, side))
+    out: Tensor = _wide_gradient(x, grad, side)
+    return out
+
+
+# One operator to the compiler, which would copy every shifted map. Exported copies of this file
+# may be imported beside it: each names its own.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::wide_gradient", mutates_args=())
+def _wide_gradient(x: Tensor, grad: Tensor, side: int) -> Tensor:
+    """`weight_gradient` of kernels too wide for the CPU, three columns at a time.
+
+    The gradient of columns near o is that of a narrow kernel on the map shifted by o. With enough
     zeros between its rows a map is shifted by moving where it begins, without a copy.
     """
     batch, height, width, channels = x.shape
     reach = side // 2
-    if side == 1:
-        return (x * grad).sum(dim=(0, 1, 2)).view(channels, 1, 1, 1)
-    if side <= WIDEST or x.device.type != "cpu":
-        return _narrow_gradient(x, grad, (side, side))
     slack = reach - 1
     row = width + reach
     size = batch * height * row
-    grad = F.pad(grad, (0, 0, 1, slack))
-    pixels = x.new_zeros(size + 2 * slack, channels)
-    pixels[slack : slack + size].view(grad.shape)[:, :, 1 : width + 1] = x
+    grad = _fill(grad.new_empty(batch, height, row, channels), grad)
+    pixels = x.new_empty(size + 2 * slack, channels)
+    pixels[:slack] = pixels[slack + size :] = 0
+    _fill(pixels[slack : slack + size].view(grad.shape), x)
     columns: list[Tensor] = []
     for first in range(0, side, 3):
         start = min(first, side - 3)
@@ -135,6 +147,19 @@ def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
         part = _narrow_gradient(shifted, grad, (side, 3))
         columns.append(part[..., first - start :])
     return torch.cat(columns, dim=-1)
+
+
+def _fill(rows: Tensor, x: Tensor) -> Tensor:
+    """Write the map `x` into a wider one, one column from the left, and zeros around it."""
+    end = x.shape[2] + 1
+    rows[:, :, 0] = rows[:, :, end:] = 0
+    rows[:, :, 1:end] = x
+    return rows
+
+
+@_wide_gradient.register_fake
+def _(x: Tensor, grad: Tensor, side: int) -> Tensor:
+    return x.new_empty(x.shape[-1], 1, side, side)
 
 
 def tap_sums(grad: Tensor, *, side: int) -> Tensor:

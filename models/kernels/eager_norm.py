@@ -8,7 +8,7 @@ running statistics. `group` makes it the batch of all its ranks: one all-reduce 
 Shapes: B batch, H×W grid, C and D channels; maps are channels-last.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -25,6 +25,19 @@ def batch_norm(x: Tensor, gain: Tensor, shift: Tensor, *, eps: float, group: Gro
     """`x` [B, H, W, C] normalised, times gain [C], plus shift [C]."""
     normed: Normed = _Norm.apply(x, gain, shift, eps, group)
     return normed
+
+
+def group_norm(x: Tensor, gain: Tensor, shift: Tensor, *, eps: float) -> Tensor:
+    """`x` [B, H, W, C] normalised sample by sample, times gain [C], plus shift [C], in its dtype.
+
+    Torch's operator has the faster code of its own, but what the compiler makes of its gradient
+    is several times slower than what it makes of ours.
+    """
+    if torch.compiler.is_compiling():
+        with full_precision(x):
+            out: Tensor = _GroupNorm.apply(x, gain, shift, eps)
+        return out
+    return F.group_norm(x.permute(0, 3, 1, 2), 1, gain, shift, eps).permute(0, 2, 3, 1)
 
 
 def gelu_norm_linear(
@@ -66,26 +79,98 @@ def gelu_norm_conv(
     return out
 
 
+class _Line(NamedTuple):
+    """A batch's normalisation as a line, scale * x + constant; all [C] but the scalar `size`.
+
+    `variance` has eps in it; `size` is the number of values that a channel's statistics are of.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    mean: Tensor
+    variance: Tensor
+    size: Tensor
+
+    @property
+    def inverse(self) -> Tensor:
+        return torch.rsqrt(self.variance)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.gain * self.inverse
+
+    @property
+    def constant(self) -> Tensor:
+        return self.shift - self.mean * self.scale
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The map normalised, in its own dtype."""
+        planes, statistics = x.permute(0, 3, 1, 2), (self.mean, self.variance)
+        normed = F.batch_norm(planes, *statistics, self.gain, self.shift, eps=0.0)
+        return normed.permute(0, 2, 3, 1)
+
+    def through_statistics(
+        self, products: Tensor, grads: Tensor, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """What the statistics add to the gradient of the map x: slope * x + offset.
+
+        Of the sums over the batch of gradient times (x - mean), and of the gradient.
+        """
+        sums = torch.stack([products, grads])
+        if group is not None:
+            distributed.all_reduce(sums, group=group)
+        mean_product, mean_grad = (sums / self.size).unbind()
+        slope = -self.scale / self.variance * mean_product
+        return slope, -self.scale * mean_grad - self.mean * slope
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
     ) -> Normed:
-        mean, variance, count = _statistics(x, group)
-        ctx.save_for_backward(x, gain, mean, torch.rsqrt(variance + eps), count)
+        norm, unbiased = _batch_line(x, gain, shift, eps, group)
+        ctx.save_for_backward(x, *norm)
         ctx.group = group
-        normed = _apply_norm(x, mean, variance, gain, shift, eps)
-        return _with_statistics(ctx, normed, mean, variance, count)
+        return _with_statistics(ctx, norm.apply(x), norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, mean, inverse, count = ctx.saved_tensors
-        x, grad = widen(x), widen(grads[0])
+        x, *rest = ctx.saved_tensors
+        norm, x, grad = _Line(*rest), widen(x), widen(grads[0])
         grad_shift = _sum(grad)
-        products = _sum(x * grad) - mean * grad_shift
-        slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
-        grad_x = torch.addcmul(offset, x, slope).addcmul_(grad, gain * inverse)
-        return grad_x.to(grads[0].dtype), products * inverse, grad_shift, None, None
+        products = _sum(x * grad) - norm.mean * grad_shift
+        slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
+        grad_x = torch.addcmul(offset, x, slope).addcmul_(grad, norm.scale)
+        return grad_x.to(grads[0].dtype), products * norm.inverse, grad_shift, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+        wide = widen(x)
+        variance, mean = torch.var_mean(wide, dim=(1, 2, 3), correction=0, keepdim=True)
+        inverse = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, gain, mean, inverse)
+        return ((wide - mean) * (gain * inverse) + shift).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, mean, inverse = ctx.saved_tensors
+        x, grad, size = widen(x), widen(grads[0]), x[0].numel()
+        sums = grad.sum(dim=(1, 2), keepdim=True)
+        products = (x * grad).sum(dim=(1, 2), keepdim=True) - mean * sums
+        mean_grad, mean_product = (
+            (part * gain).sum(dim=3, keepdim=True) / size for part in (sums, products)
+        )
+        slope = -(inverse**3) * mean_product
+        grad_x = grad * (gain * inverse) + (x * slope - inverse * mean_grad - mean * slope)
+        return (
+            grad_x.to(grads[0].dtype),
+            (products * inverse).sum((0, 1, 2)),
+            sums.sum((0, 1, 2)),
+            None,
+        )
 
 
 class _GeluNormLinear(torch.autograd.Function):
@@ -101,34 +186,33 @@ class _GeluNormLinear(torch.autograd.Function):
         group: Group,
     ) -> Normed:
         active = F.gelu(x)
-        mean, variance, count = _statistics(active, group)
-        inverse = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, gain, shift, weight, mean, inverse, count)
+        norm, unbiased = _batch_line(active, gain, shift, eps, group)
+        ctx.save_for_backward(x, *norm, weight)
         ctx.group = group
         # The norm is a line, and goes into the linear layer.
-        scale, wide = gain * inverse, widen(weight)
-        constant = wide @ (shift - mean * scale)
+        wide = widen(weight)
+        constant = wide @ norm.constant
         if bias is not None:
             constant = constant + bias
-        out = F.linear(active, (wide * scale).to(x.dtype), constant.to(x.dtype))
-        return _with_statistics(ctx, out, mean, variance, count)
+        out = F.linear(active, (wide * norm.scale).to(x.dtype), constant.to(x.dtype))
+        return _with_statistics(ctx, out, norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, weight, mean, inverse, count = ctx.saved_tensors
-        grad, wide, scale = grads[0].flatten(0, -2), widen(weight), gain * inverse
+        x, *rest, weight = ctx.saved_tensors
+        norm, grad, wide = _Line(*rest), grads[0].flatten(0, -2), widen(weight)
         with full_precision(x):
             active = F.gelu(x).flatten(0, -2)
             # All other sums over the map follow from these two.
             grad_bias, product = _sum(grads[0]), grad.t() @ active
-            product = product - torch.outer(grad_bias, mean)
-            grad_weight = product * scale + torch.outer(grad_bias, shift)
+            product = product - torch.outer(grad_bias, norm.mean)
+            grad_weight = product * norm.scale + torch.outer(grad_bias, norm.shift)
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
-            slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
-            rest = torch.addcmul(offset, active, slope)
-            grad_active = _add_product(rest, grad, (wide * scale).to(x.dtype))
+            slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
+            grad_active = torch.addcmul(offset, active, slope)
+            grad_active = _add_product(grad_active, grad, (wide * norm.scale).to(x.dtype))
             grad_x = _gelu_backward(grad_active.view_as(x), x)
-        parameters = products * inverse, grad_shift, grad_weight
+        parameters = products * norm.inverse, grad_shift, grad_weight
         return grad_x, *parameters, grad_bias if ctx.needs_input_grad[4] else None, None, None
 
 
@@ -145,34 +229,46 @@ class _GeluNormConv(torch.autograd.Function):
         *weights: Tensor,
     ) -> Normed:
         active = F.gelu(x)
-        mean, variance, count = _statistics(active, group)
-        inverse = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, gain, shift, mean, inverse, count, *weights)
+        norm, unbiased = _batch_line(active, gain, shift, eps, group)
+        ctx.save_for_backward(x, *norm, *weights)
         ctx.group = group
-        normed = _apply_norm(active, mean, variance, gain, shift, eps)
-        out = scaled_residual_conv(normed, _one_size(weights), bias, torch.ones_like(gain))
-        return _with_statistics(ctx, out, mean, variance, count)
+        kernel = _one_size(weights)
+        out = scaled_residual_conv(norm.apply(active), kernel, bias, torch.ones_like(gain))
+        return _with_statistics(ctx, out, norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, mean, inverse, count, *weights = ctx.saved_tensors
-        grad, scale = grads[0], gain * inverse
+        x, *rest = ctx.saved_tensors
+        grad, norm, weights = (
+            grads[0],
+            _Line(*rest[: len(_Line._fields)]),
+            rest[len(_Line._fields) :],
+        )
         with full_precision(x):
             active, kernel = F.gelu(x), _one_size(weights)
             # Of the norm's two parts, the line and the constant: no more passes over a map.
             constant = tap_sums(grad, side=kernel.shape[-1])
             line = _one_size(_weight_gradients(active, grad, weights))
-            line = line - constant * _per_kernel(mean)
+            line = line - constant * _per_kernel(norm.mean)
             products, grad_shift = (
                 (kernel * part).sum(dim=(1, 2, 3)) + _centre(part) for part in (line, constant)
             )
-            slope, offset = _line(products, grad_shift, gain, mean, inverse, count, ctx.group)
-            flipped = (kernel * _per_kernel(scale)).flip(2, 3)
-            grad_active = scaled_residual_conv(grad, flipped, offset, scale)
+            slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
+            flipped = (kernel * _per_kernel(norm.scale)).flip(2, 3)
+            grad_active = scaled_residual_conv(grad, flipped, offset, norm.scale)
             grad_x = _gelu_backward(grad_active.addcmul_(active, slope), x)
-            grad_kernel = line * _per_kernel(scale) + constant * _per_kernel(shift)
-        grad_weights = _own_sizes(grad_kernel, weights)
-        return grad_x, products * inverse, grad_shift, None, None, _centre(constant), *grad_weights
+            grad_kernel = line * _per_kernel(norm.scale) + constant * _per_kernel(norm.shift)
+        parameters = products * norm.inverse, grad_shift
+        return grad_x, *parameters, None, None, _centre(constant), *_own_sizes(grad_kernel, weights)
+
+
+def _batch_line(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
+) -> tuple[_Line, Tensor]:
+    """What a batch's normalisation does to a map, and the batch's unbiased variance."""
+    mean, variance, count = _statistics(x, group)
+    unbiased = variance * (count / (count - 1).clamp_min(1))
+    return _Line(gain, shift, mean, variance + eps, count), unbiased
 
 
 def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,43 +301,10 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _apply_norm(
-    x: Tensor, mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor, eps: float
-) -> Tensor:
-    """The map normalised by these statistics, times gain, plus shift, in its own dtype."""
-    planes = x.permute(0, 3, 1, 2)
-    return F.batch_norm(planes, mean, variance, gain, shift, eps=eps).permute(0, 2, 3, 1)
-
-
-def _with_statistics(
-    ctx: Any, out: Tensor, mean: Tensor, variance: Tensor, count: Tensor
-) -> Normed:
+def _with_statistics(ctx: Any, out: Tensor, mean: Tensor, unbiased: Tensor) -> Normed:
     """What an operator returns: its output, and what moves the running statistics."""
-    unbiased = variance * (count / (count - 1).clamp_min(1))
     ctx.mark_non_differentiable(mean, unbiased)
     return out, mean, unbiased
-
-
-def _line(
-    products: Tensor,
-    grads: Tensor,
-    gain: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    count: Tensor,
-    group: Group,
-) -> tuple[Tensor, Tensor]:
-    """What a norm's statistics add to its input's gradient: slope * x + offset.
-
-    Of the sums over the batch of gradient times (x - mean), and of the gradient.
-    """
-    sums = torch.stack([products, grads])
-    if group is not None:
-        distributed.all_reduce(sums, group=group)
-    mean_product, mean_grad = (sums / count).unbind()
-    scale = gain * inverse
-    slope = -scale * inverse**2 * mean_product
-    return slope, -scale * mean_grad - mean * slope
 
 
 def _sum(x: Tensor) -> Tensor:
