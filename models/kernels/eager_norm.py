@@ -148,18 +148,20 @@ class _Norm(torch.autograd.Function):
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-        wide = widen(x)
-        variance, mean = torch.var_mean(wide, dim=(1, 2, 3), correction=0, keepdim=True)
+        wide, size = widen(x), x[0].numel()
+        mean = _row_sums(wide).sum(dim=(1, 3), keepdim=True) / size
+        centred = wide - mean
+        variance = _row_sums(centred.square()).sum(dim=(1, 3), keepdim=True) / size
         inverse = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, gain, mean, inverse)
-        return ((wide - mean) * (gain * inverse) + shift).to(x.dtype)
+        return (centred * (gain * inverse) + shift).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, mean, inverse = ctx.saved_tensors
         x, grad, size = widen(x), widen(grads[0]), x[0].numel()
-        sums = grad.sum(dim=(1, 2), keepdim=True)
-        products = (x * grad).sum(dim=(1, 2), keepdim=True) - mean * sums
+        sums, products = (_row_sums(part).sum(dim=1, keepdim=True) for part in (grad, x * grad))
+        products = products - mean * sums
         mean_grad, mean_product = (
             (part * gain).sum(dim=3, keepdim=True) / size for part in (sums, products)
         )
@@ -292,8 +294,9 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of this process's map."""
     if x.is_meta or torch.compiler.is_compiling():  # where the faster operator is not implemented
-        variance, mean = torch.var_mean(widen(x), dim=(0, 1, 2), correction=0)
-        return mean, variance
+        wide, size = widen(x), x.numel() // x.shape[-1]
+        mean = _sum(wide) / size
+        return mean, _sum((wide - mean).square()) / size
     # The statistics get the dtype of the running ones, which nothing reads here.
     running = [x.new_zeros(x.shape[-1], dtype=wide_dtype(x)) for _ in range(2)]
     planes = x.permute(0, 3, 1, 2)
@@ -309,7 +312,15 @@ def _with_statistics(ctx: Any, out: Tensor, mean: Tensor, unbiased: Tensor) -> N
 
 def _sum(x: Tensor) -> Tensor:
     """The sum of a map over all but its channels, at least in float32."""
-    return x.sum(dim=(0, 1, 2), dtype=wide_dtype(x))
+    return _row_sums(x).sum(dim=(0, 1, 2))
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums [B, H, 1, C] over the rows of a map, at least in float32: the first half of any sum.
+
+    Compiled sums over all of a map at once would stride through it.
+    """
+    return x.sum(dim=2, keepdim=True, dtype=wide_dtype(x))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
