@@ -341,8 +341,8 @@ def test_one_graph_in_training(name, monkeypatch):
     grads = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     model.load_state_dict(state)
-    # The backend that differentiates the graph but leaves out the minutes of code generation.
-    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(x, noise)
+    # The backend that captures the graph but leaves out the minutes of code generation.
+    logits = torch.compile(model, fullgraph=True, backend="eager")(x, noise)
     logits.square().sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     for parameter, reference in zip(model.parameters(), grads, strict=True):
@@ -354,13 +354,17 @@ def test_one_graph_in_training(name, monkeypatch):
 def test_compiled_code(name):
     """Generated code of one block, the unit that training compiles, gives the eager numbers."""
     torch.manual_seed(0)
-    model = build(name, img_size=32, num_classes=4).eval()
+    model = build(name, img_size=32, num_classes=4).train()
     block = next(block.module for block in model.blocks() if block.residual)
     place = model.geometry(1) if name == "transnext_pico" else torch.randn(1, 256, 16)
     x = torch.randn(2, 16, 16, model.feature_info[0]["num_chs"])
-    with torch.no_grad():
-        compiled = torch.compile(block, fullgraph=True)(x, place, None)
-        torch.testing.assert_close(compiled, block(x, place, None), rtol=1e-4, atol=1e-5)
+    inputs, probe = [x.requires_grad_(), *block.parameters()], torch.randn_like(x)
+    found = []
+    for run in (torch.compile(block.forward, fullgraph=True), block.forward):
+        out = run(x, place, None)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, probe)])
+    for value, reference in zip(*found, strict=True):
+        assert (value - reference).abs().max() <= 1e-3 * max(1, reference.abs().max())
 
 
 def test_works_under_another_name(tmp_path):
