@@ -211,8 +211,9 @@ class _GeluNormLinear(torch.autograd.Function):
             grad_weight = product * norm.scale + torch.outer(grad_bias, norm.shift)
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
             slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
-            grad_active = torch.addcmul(offset, active, slope)
-            grad_active = _add_product(grad_active, grad, (wide * norm.scale).to(x.dtype))
+            grad_active = _add_product(
+                _onto(offset, active, slope), grad, (wide * norm.scale).to(x.dtype)
+            )
             grad_x = _gelu_backward(grad_active.view_as(x), x)
         parameters = products * norm.inverse, grad_shift, grad_weight
         return grad_x, *parameters, grad_bias if ctx.needs_input_grad[4] else None, None, None
@@ -321,6 +322,14 @@ def _row_sums(x: Tensor) -> Tensor:
     Compiled sums over all of a map at once would stride through it.
     """
     return x.sum(dim=2, keepdim=True, dtype=wide_dtype(x))
+
+
+def _onto(offset: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """`offset + slope * x`, which overwrites `x` where it has their dtype."""
+    if x.dtype != offset.dtype:
+        return torch.addcmul(offset, x, slope)
+    line: Tensor = torch.ops.aten.addcmul.out(offset, x, slope, out=x)
+    return line
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
