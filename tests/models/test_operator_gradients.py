@@ -11,6 +11,7 @@ from models.kernels import (
     dynamic_conv,
     gelu_norm_conv,
     gelu_norm_linear,
+    group_norm,
 )
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
@@ -79,6 +80,16 @@ def test_batch_norm(grid):
     out, *statistics = batch_norm(x, gain, shift, eps=EPS, group=None)
     assert_same(out, plain_norm(x, gain, shift), [x, gain, shift])
     check_statistics(x, *statistics)
+
+
+def test_group_norm():
+    """The gradient that the compiler gets in place of torch's own."""
+    x, gain, shift = randn(1, 2, 5, 9, 3), randn(2, 3), randn(3, 3)
+    compiled = torch.compile(group_norm, fullgraph=True, backend="eager")
+    for operator in (compiled, group_norm):
+        variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
+        reference = (x - mean) / (variance + EPS).sqrt() * gain + shift
+        assert_same(operator(x, gain, shift, eps=EPS), reference, [x, gain, shift])
 
 
 @quick
