@@ -167,12 +167,8 @@ class _GroupNorm(torch.autograd.Function):
         )
         slope = -(inverse**3) * mean_product
         grad_x = grad * (gain * inverse) + (x * slope - inverse * mean_grad - mean * slope)
-        return (
-            grad_x.to(grads[0].dtype),
-            (products * inverse).sum((0, 1, 2)),
-            sums.sum((0, 1, 2)),
-            None,
-        )
+        grad_gain, grad_shift = (part.sum(dim=(0, 1, 2)) for part in (products * inverse, sums))
+        return grad_x.to(grads[0].dtype), grad_gain, grad_shift, None
 
 
 class _GeluNormLinear(torch.autograd.Function):
@@ -201,8 +197,8 @@ class _GeluNormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest, weight = ctx.saved_tensors
-        norm, grad, wide = _Line(*rest), grads[0].flatten(0, -2), widen(weight)
+        x, *line, weight = ctx.saved_tensors
+        norm, grad, wide = _Line(*line), grads[0].flatten(0, -2), widen(weight)
         with full_precision(x):
             active = F.gelu(x).flatten(0, -2)
             # All other sums over the map follow from these two.
@@ -211,9 +207,8 @@ class _GeluNormLinear(torch.autograd.Function):
             grad_weight = product * norm.scale + torch.outer(grad_bias, norm.shift)
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
             slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
-            grad_active = _add_product(
-                _onto(offset, active, slope), grad, (wide * norm.scale).to(x.dtype)
-            )
+            rest = _onto(offset, active, slope)
+            grad_active = _add_product(rest, grad, (wide * norm.scale).to(x.dtype))
             grad_x = _gelu_backward(grad_active.view_as(x), x)
         parameters = products * norm.inverse, grad_shift, grad_weight
         return grad_x, *parameters, grad_bias if ctx.needs_input_grad[4] else None, None, None
@@ -242,11 +237,8 @@ class _GeluNormConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        grad, norm, weights = (
-            grads[0],
-            _Line(*rest[: len(_Line._fields)]),
-            rest[len(_Line._fields) :],
-        )
+        split = len(_Line._fields)
+        norm, weights, grad = _Line(*rest[:split]), rest[split:], grads[0]
         with full_precision(x):
             active, kernel = F.gelu(x), _one_size(weights)
             # Of the norm's two parts, the line and the constant: no more passes over a map.
