@@ -59,7 +59,7 @@ def heed_every_signal():
 
 def start(run_dir):
     arguments = (
-        *("--nproc", "2", *TINY, "--run-dir", str(run_dir), "--train.epochs", "12"),
+        *("--nproc", "2", *TINY, "--run-dir", str(run_dir), "--train.epochs", "8"),
         *("--checkpoint.every", "1000", "--eval.every-epochs", "100"),
     )
     return subprocess.Popen(
