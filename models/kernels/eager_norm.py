@@ -269,19 +269,17 @@ def _batch_line(
 def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (biased) variance [C] of a map, and the number of values of a channel."""
     size = x.numel() // x.shape[-1]
+    mean, variance = _local_statistics(x)
     if group is None:
-        mean, variance = _local_statistics(x)
         return mean, variance, mean.new_full((), size)
     # Sums travel in float64, so that the variance as E[x²] - E[x]² loses nothing.
-    wide = widen(x)
-    mean = _sum(wide) / size
-    square = _sum((wide - mean).square_()).double() + mean.double() ** 2 * size
-    sums = torch.cat([mean.double() * size, square, square.new_full((1,), size)])
+    dtype, mean, variance = mean.dtype, mean.double(), variance.double()
+    sums = torch.cat([mean, variance + mean**2, mean.new_ones(1)]) * size
     distributed.all_reduce(sums, group=group)
     count = sums[-1]
-    exact_mean, square = (sums[:-1] / count).chunk(2)
-    variance = (square - exact_mean**2).clamp_min(0)
-    return exact_mean.to(wide.dtype), variance.to(wide.dtype), count.to(wide.dtype)
+    mean, square = (sums[:-1] / count).chunk(2)
+    variance = (square - mean**2).clamp_min(0)
+    return mean.to(dtype), variance.to(dtype), count.to(dtype)
 
 
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
