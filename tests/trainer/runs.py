@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from launcher.local import Workers
 from launcher.process import Process
 from tests.dist import run_distributed
+from trainer import manifest
 from trainer.config import RunConfig, override
 from trainer.loop import Trainer
 from trainer.recipes import recipe
@@ -65,6 +68,21 @@ def train_named(
 def train_all(rank: int, world_size: int, configs: list[str]) -> list[bool]:
     """Run several configurations in turn as one rank of a process group that exists."""
     return [train(rank, world_size, config) for config in configs]
+
+
+def kill_at_a_checkpoint(run_dir: Path, *, num_processes: int) -> None:
+    """Start a prepared run and kill its workers as soon as a checkpoint is complete."""
+    with Workers(run_dir, num_processes=num_processes) as workers:
+        while not manifest.checkpoints(run_dir / "checkpoints"):
+            assert workers.running(seconds=0.02), "it ended before it could be killed"
+        workers.kill()
+
+
+def copy_checkpoint(before: Path, after: Path, *, step: int) -> None:
+    """Let the run folder `after` go on from the checkpoint that `before` has of a step."""
+    source, target = before / "checkpoints", after / "checkpoints"
+    shutil.copytree(source / f"step_{step:010d}", target / f"step_{step:010d}")
+    shutil.copy(source / "generation", target)
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
 from launcher import rundir
-from launcher.local import Workers, launch
-from tests.trainer.runs import lines, losses, tiny_config
-from trainer import manifest
+from launcher.local import launch
+from tests.trainer.runs import copy_checkpoint, kill_at_a_checkpoint, lines, losses, tiny_config
 
 MODELS = ("transnext_pico", "transxnet_pico")
 WAYS = {
@@ -42,9 +39,7 @@ def test_it_goes_on_from_the_cpu(way, on_cpu, tmp_path):
     model, before = on_cpu
     config = tiny_config(tmp_path, "--model.name", model, "--train.epochs", "2", *WAYS[way])
     run_dir = rundir.prepare(config)
-    saved = before / "checkpoints"
-    shutil.copytree(saved / "step_0000000005", run_dir / "checkpoints" / "step_0000000005")
-    shutil.copy(saved / "generation", run_dir / "checkpoints")
+    copy_checkpoint(before, run_dir, step=5)
     assert launch(run_dir, num_processes=1) == 0
     expected = {step: loss for step, loss in losses(before).items() if step > 5}
     assert losses(run_dir) == pytest.approx(expected, abs=2e-2 if way == "bf16" else 1e-3)
@@ -56,10 +51,7 @@ def test_after_sigkill_it_goes_on(model, tmp_path):
     whole = rundir.prepare(tiny_config(tmp_path / "whole", *arguments))
     assert launch(whole, num_processes=1) == 0
     killed = rundir.prepare(tiny_config(tmp_path / "killed", *arguments))
-    with Workers(killed, num_processes=1) as workers:
-        while not manifest.checkpoints(killed / "checkpoints"):
-            assert workers.running(seconds=0.02), "it ended before it could be killed"
-        workers.kill()
+    kill_at_a_checkpoint(killed, num_processes=1)
     assert launch(killed, num_processes=1) == 0
     starts = [line["step"] for line in lines(killed, "start")]
     assert starts[1] in (5, 10, 15), "it went on from a checkpoint in the middle"

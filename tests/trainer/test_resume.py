@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from launcher import rundir
-from launcher.local import Workers, launch
+from launcher.local import launch
 from tests.dist import run_distributed
-from tests.trainer.runs import lines, losses, tiny_config, train
+from tests.trainer.runs import (
+    copy_checkpoint,
+    kill_at_a_checkpoint,
+    lines,
+    losses,
+    tiny_config,
+    train,
+)
 from trainer import manifest
 from trainer.checkpoint import Checkpointer, State
 from trainer.config import RunConfig
+from trainer.loop import BACKENDS
 
 
 @pytest.mark.slow
@@ -26,11 +34,7 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = rundir.prepare(tiny_config(tmp_path / "whole"))
     assert launch(whole, num_processes=2) == 0
     killed = rundir.prepare(tiny_config(tmp_path / "killed"))
-    checkpoints = killed / "checkpoints"
-    with Workers(killed, num_processes=2) as workers:
-        while not manifest.checkpoints(checkpoints):
-            assert workers.running(seconds=0.02), "it ended before it could be killed"
-        workers.kill()
+    kill_at_a_checkpoint(killed, num_processes=2)
     assert launch(killed, num_processes=2) == 0
 
     starts = [line["step"] for line in lines(killed, "start")]
@@ -50,10 +54,10 @@ def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
     before = tmp_path / "before"
     run_distributed(train, 2, tiny_config(before, *arguments).to_json(), timeout=300)
     arguments += ["--checkpoint.every", "25"]
-    for backend, world_size, saved in (("ddp", 1, 5), ("fsdp", 3, 20)):
-        after = tmp_path / f"after on {world_size}"
-        for name in (f"step_{saved:010d}", "generation"):
-            _copy(before / "checkpoints" / name, after / "checkpoints" / name)
+    places = itertools.cycle(((1, 5), (3, 20)))
+    for backend, (world_size, saved) in zip(BACKENDS, places, strict=False):
+        after = tmp_path / f"{backend} on {world_size}"
+        copy_checkpoint(before, after, step=saved)
         config = tiny_config(after, *arguments, "--backend.name", backend)
         run_distributed(train, world_size, config.to_json(), timeout=300)
         went_on = losses(after)
@@ -89,11 +93,3 @@ def _final(run_dir: Path) -> dict[str, torch.Tensor]:
     newest = manifest.checkpoints(run_dir / "checkpoints")[-1]
     shards = sorted(newest.glob("*.safetensors"))
     return {f"{path.name} {name}": t for path in shards for name, t in load_file(path).items()}
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy(source, target)
