@@ -62,7 +62,7 @@ pretrain: setup
 	.venv/bin/foveate demo
 
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

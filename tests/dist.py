@@ -65,18 +65,22 @@ def free_port() -> int:
 def _start(
     fn: Callable[..., Any], world_size: int, args: tuple[object, ...], folder: Path, timeout: float
 ) -> Sequence[BaseProcess]:
-    # A child reads these when it imports torch, before any code of ours runs in it.
-    shared = {
+    # Ranks are forked from a process that did nothing but import: importing takes them seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.loop", "torch._dynamo"])
+    environment = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
     }
-    context = multiprocessing.get_context("spawn")
     ranks = []
     for rank in range(world_size):
-        process = context.Process(target=_rank, args=(fn, rank, world_size, args, folder, timeout))
-        with mock.patch.dict(os.environ, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
+        place = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(
+            target=_rank, args=(fn, rank, world_size, args, folder, timeout, place)
+        )
+        # OpenMP reads it once, as the first of all these processes imports torch.
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             process.start()
         ranks.append(process)
     return ranks
@@ -89,7 +93,9 @@ def _rank(
     args: tuple[object, ...],
     folder: Path,
     timeout: float,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)
     faulthandler.dump_traceback_later(0.9 * timeout)  # a hang shows where it hangs
     try:
         torch.set_num_threads(1)

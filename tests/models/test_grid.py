@@ -83,12 +83,15 @@ def test_eager(model, dtype):
     ],
 )
 def test_compiled(model, dtype):
-    """Each block in one graph, the unit in which training compiles."""
+    """Each block in one graph, the unit in which training compiles.
+
+    The first stages' blocks are of one code, the last one's of another: one of each is captured.
+    """
     torch.compiler.reset()
     size = (64, 96)
     model.reset_buffers(size)
     for block in model.blocks():
-        if block.residual:
+        if block.residual and block.stage in (1, 4):
             # The backend that captures graphs but leaves out minutes of code generation.
             block.module.forward = torch.compile(
                 block.module.forward,
