@@ -9,7 +9,7 @@ once and handed down row by row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from data.base import DataError
-from data.decode import RESAMPLING, Box, Geometry, decode
+from data.base import DataError, Sample
+from data.decode import RESAMPLING, Box, Geometry
+from data.jpeg import decode_all
 from data.randaugment import apply_policy, parse_policy
 from data.randomness import Purpose, uniforms
 
@@ -59,21 +60,29 @@ class AugmentSpec:
             parse_policy(self.auto_augment)
 
     def render(
-        self, images: Iterable[bytes], keys: NDArray[np.int64], *, seed: int, epoch: int
-    ) -> Iterable[NDArray[np.uint8]]:
-        """Yield the training view of each encoded image: uint8 [size, size, 3].
+        self,
+        samples: Sequence[Sample],
+        keys: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        *,
+        seed: int,
+        epoch: int,
+    ) -> dict[int, DataError]:
+        """Write the training view of each sample to `out` uint8 [n, size, size, 3].
 
-        `keys` int64 [n] are the images' sample ids, or what tells copies of a sample apart. A
-        corrupt image raises DataError when its turn comes.
+        `keys` int64 [n] are the sample ids, or what tells copies of a sample apart. Returns
+        row -> error of the images that cannot be decoded.
         """
         crops = self._crop_draws(keys, seed=seed, epoch=epoch)
         flips = uniforms(seed, epoch, keys, Purpose.FLIP, count=1)[:, 0] < self.hflip
         colors = self._color_draws(keys, seed=seed, epoch=epoch)
-        for row, image in enumerate(images):
-            pixels = decode(image, partial(self._geometry, crops[row]))
-            if flips[row]:
-                pixels = pixels[:, ::-1]
-            yield pixels if colors is None else self._recolor(pixels, colors[row])
+        geometry = partial(self._geometry, crops)
+        failures = decode_all(samples, geometry, out, flips=flips.tolist())
+        if colors is not None:
+            for row in range(len(samples)):
+                if row not in failures:
+                    out[row] = self._recolor(out[row], colors[row])
+        return failures
 
     def _crop_draws(self, keys: NDArray[np.int64], *, seed: int, epoch: int) -> list[list[float]]:
         """Return, for each key, ten areas, ten aspect ratios, and three uniform numbers."""
@@ -84,8 +93,8 @@ class AugmentSpec:
         rows: list[list[float]] = draws.tolist()
         return rows
 
-    def _geometry(self, draws: list[float], width: int, height: int) -> Geometry:
-        interpolation = self.interpolation
+    def _geometry(self, crops: list[list[float]], row: int, width: int, height: int) -> Geometry:
+        draws, interpolation = crops[row], self.interpolation
         if interpolation == "random":
             interpolation = "bilinear" if draws[-1] < 0.5 else "bicubic"
         areas, ratios = draws[:_CROP_ATTEMPTS], draws[_CROP_ATTEMPTS:-3]
@@ -130,12 +139,14 @@ class EvalSpec:
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct {self.crop_pct} must lie in (0, 1]")
 
-    def render(self, images: Iterable[bytes]) -> Iterable[NDArray[np.uint8]]:
-        """Yield the evaluation view of each encoded image: uint8 [size, size, 3]."""
-        for image in images:
-            yield decode(image, self._geometry)
+    def render(self, samples: Sequence[Sample], out: NDArray[np.uint8]) -> dict[int, DataError]:
+        """Write the evaluation view of each sample to `out` uint8 [n, size, size, 3].
 
-    def _geometry(self, width: int, height: int) -> Geometry:
+        Returns row -> error of the images that cannot be decoded.
+        """
+        return decode_all(samples, self._geometry, out)
+
+    def _geometry(self, row: int, width: int, height: int) -> Geometry:
         if self.squash:
             return Geometry(None, (self.size, self.size))
         short = math.floor(self.size / self.crop_pct)

@@ -48,11 +48,15 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One encoded image: the bytes of a JPEG or PNG file, and its place in the data set."""
+    """One encoded image: the bytes of a JPEG or PNG file, and its place in the data set.
+
+    `regions`, where there is one, is the index that lets parts of a JPEG be decoded by themselves.
+    """
 
     id: int
     image: bytes
     label: int
+    regions: bytes | None = None
 
 
 @dataclass(kw_only=True)

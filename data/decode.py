@@ -2,8 +2,8 @@
 
 Owns the definition of the pixels the network sees before augmentation: decode in full, cut out
 the box, then resample the cut-out with an antialiased filter, so that nothing outside the box
-ever shows through; a faster decoder is judged by this one.
-Pillow decodes and resamples: its filters are what the published recipes were trained with.
+ever shows through. Pillow decodes and resamples: its filters are what the published recipes were
+trained with. `jpeg.py` does the same faster, and is judged by this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_MAX_PIXELS = 1 << 28  # beyond any photograph: a corrupt header, or a bomb
+_MAX_PIXELS = 1 << 28
 _MAX_SIDE = 65_535  # the most that JPEG knows, and an index has room for
 _READERS = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
@@ -42,6 +42,12 @@ class Geometry:
     size: tuple[int, int]
     window: Box | None = None
     interpolation: str = "bicubic"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what remains."""
+        left, top, right, bottom = self.window or (0, 0, *self.size)
+        return bottom - top, right - left
 
 
 def open_image(image: bytes) -> Image.Image:
@@ -83,10 +89,14 @@ def _checked(reader: Callable[[io.BytesIO], Image.Image], image: bytes) -> Image
         picture = reader(io.BytesIO(image))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"cannot be decoded ({error}); replace the file") from error
-    width, height = picture.size
+    check_size(*picture.size)
+    return picture
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise DataError for an image larger than any photograph: a corrupt header, or a bomb."""
     if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
         raise DataError(
             f"claims {width} × {height} pixels, more than {_MAX_PIXELS} or a side above "
             f"{_MAX_SIDE}; replace or remove the file"
         )
-    return picture

@@ -10,12 +10,12 @@ nothing to pickle, to leak, or to restart.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.augment import AugmentSpec, EvalSpec
-from data.base import Batch, Cursor, DataError, Shard, Source
+from data.base import Batch, Cursor, DataError, Sample, Shard, Source
 from data.folder import FolderSource, SyntheticSource
 from data.order import Order, Schedule, evaluation_ids
 from data.webdataset import TarSource
 
 Pixels = NDArray[np.uint8]
-Render = Callable[[Iterable[bytes], NDArray[np.int64]], Iterable[Pixels]]
+Render = Callable[[Sequence[Sample], NDArray[np.int64], Pixels], dict[int, DataError]]
 
 
 def open_source(kind: str, path: str | Path) -> Source:
@@ -177,7 +177,7 @@ def eval_batches(
             keys=ids,
             positions=ids,
             size=spec.size,
-            render=lambda images, keys: spec.render(images),
+            render=lambda samples, keys, out: spec.render(samples, out),
             cursor=cursor,
         )
         for ids in evaluation_ids(len(source), batch_size=batch_size, shard=shard)
@@ -217,22 +217,20 @@ class _Loader:
     def _submit(self, pool: ThreadPoolExecutor, plan: _Plan) -> _Pending:
         shape = (len(plan.ids), plan.size, plan.size, 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        rows = np.array_split(np.arange(len(plan.ids)), self._num_workers)
-        parts = [pool.submit(self._fill, plan, images.numpy(), part) for part in rows if len(part)]
+        ends = np.linspace(0, len(plan.ids), self._num_workers + 1).astype(int)
+        rows = [slice(*ends) for ends in pairwise(ends.tolist())]
+        parts = [pool.submit(self._fill, plan, images.numpy(), part) for part in rows]
         return plan, images, parts
 
-    def _fill(self, plan: _Plan, images: Pixels, rows: NDArray[np.int64]) -> None:
+    def _fill(self, plan: _Plan, images: Pixels, rows: slice) -> None:
         """Load the samples of `rows` into their rows of `images`; blacken the padding."""
-        images[rows[plan.ids[rows] < 0]] = 0
-        rows = rows[plan.ids[rows] >= 0]
-        ids = plan.ids[rows].tolist()
-        encoded = [self._source.read(id).image for id in ids]
-        views = iter(plan.render(encoded, plan.keys[rows]))
-        for row, id in zip(rows.tolist(), ids, strict=True):
-            try:
-                images[row] = next(views)
-            except DataError as error:
-                raise DataError(f"{self._source.name(id)} {error}") from error
+        ids, out = plan.ids[rows], images[rows]
+        held = int((ids >= 0).sum())  # padding comes last
+        out[held:] = 0
+        samples = [self._source.read(id) for id in ids[:held].tolist()]
+        failures = plan.render(samples, plan.keys[rows][:held], out[:held])
+        for row, error in failures.items():
+            raise DataError(f"{self._source.name(samples[row].id)} {error}") from error
 
     def _batch(self, plan: _Plan, images: Tensor) -> Batch:
         valid = plan.ids >= 0

@@ -16,24 +16,7 @@ from data.augment import AugmentSpec, EvalSpec, crop_box, jitter
 from data.base import DataError
 from data.decode import Geometry, decode
 from data.randomness import Purpose, uniforms
-
-
-def photograph(width=500, height=375):
-    """Smooth shading, edges and texture with the 1/f spectrum of natural images."""
-    generator = np.random.default_rng(7)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
-    spectrum = np.fft.fft2(generator.normal(size=(3, height, width)))
-    pixels = np.fft.ifft2(spectrum / np.maximum(frequency, 1 / width) ** 1.2).real
-    pixels = 128 + 60 * pixels / pixels.std()
-    pixels[:, height // 3 : height // 2, width // 4 : width // 2] += 70
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-
-
-def encode(picture, kind, **options):
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
+from tests.data.pictures import as_samples, encode, photograph
 
 PHOTO = encode(photograph(), "JPEG", quality=92)
 BOXES = [(0, 0, 500, 375), (33, 20, 401, 333), (100, 50, 150, 290), (480, 360, 500, 375)]
@@ -52,6 +35,12 @@ def test_crop_and_resize_equal_torchvision(box, interpolation):
     difference = np.abs(ours.astype(int) - tensor.astype(int))
     assert (difference <= 1).mean() > 0.999
     assert difference.max() <= 3
+
+
+def evaluation_view(spec, image):
+    out = np.empty((1, spec.size, spec.size, 3), np.uint8)
+    assert spec.render(as_samples([image]), out) == {}
+    return out[0]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (640, 230)])
@@ -73,21 +62,21 @@ def test_evaluation_views_equal_timm(size, spec, mode):
         crop_mode=mode,
         normalize=False,
     )
-    (ours,) = spec.render([encode(picture, "PNG")])
+    ours = evaluation_view(spec, encode(picture, "PNG"))
     assert np.array_equal(ours, transform(picture).permute(1, 2, 0).numpy())
 
 
 def test_small_images_at_native_size_are_left_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    (view,) = EvalSpec(size=32, crop_pct=1.0).render([encode(Image.fromarray(pixels), "PNG")])
-    assert np.array_equal(view, pixels)
+    image = encode(Image.fromarray(pixels), "PNG")
+    assert np.array_equal(evaluation_view(EvalSpec(size=32, crop_pct=1.0), image), pixels)
 
 
 def test_crops_are_distributed_like_torchvisions():
     scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
     spec = AugmentSpec(scale=scale, ratio=ratio)
     rows = spec._crop_draws(np.arange(count), seed=0, epoch=0)
-    boxes = np.array([spec._geometry(row, 500, 333).box for row in rows])
+    boxes = np.array([spec._geometry(rows, row, 500, 333).box for row in range(count)])
     torch.manual_seed(0)
     blank = Image.new("RGB", (500, 333))
     theirs = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])
@@ -110,8 +99,11 @@ def test_an_image_that_no_crop_fits_gets_the_largest_centred_one(size, expected)
     assert crop_box([2.0] * 10, [1.0] * 10, (0.5, 0.5), size, limits=(3 / 4, 4 / 3)) == expected
 
 
-def views(spec, ids, *, seed=1, epoch=0):
-    return np.stack(list(spec.render([PHOTO] * len(ids), np.array(ids), seed=seed, epoch=epoch)))
+def views(spec, ids, *, image=PHOTO, seed=1, epoch=0):
+    out = np.empty((len(ids), spec.size, spec.size, 3), np.uint8)
+    samples = as_samples([image] * len(ids))
+    assert spec.render(samples, np.array(ids), out, seed=seed, epoch=epoch) == {}
+    return out
 
 
 @pytest.mark.parametrize(
@@ -135,8 +127,7 @@ def test_a_view_depends_on_seed_epoch_and_id_alone(spec):
 def test_what_warping_uncovers_has_the_mean_colour():
     black = encode(Image.new("RGB", (32, 32)), "PNG")
     spec = AugmentSpec(size=32, auto_augment="rand-m10-n1-p1", mean=(0.2, 0.4, 0.6))
-    rendered = spec.render([black] * 60, np.arange(60), seed=0, epoch=0)
-    colors = {tuple(color) for view in rendered for color in view.reshape(-1, 3).tolist()}
+    colors = set(map(tuple, views(spec, range(60), image=black).reshape(-1, 3).tolist()))
     assert (51, 102, 153) in colors
     assert (124, 116, 104) not in colors
 

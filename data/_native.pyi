@@ -1,0 +1,14 @@
+"""What the extension in data/native offers; its documentation is in module.c."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def decode(
+    images: list[bytes],
+    indexes: list[bytes | None],
+    jobs: NDArray[np.int32],
+    out: NDArray[np.uint8],
+    /,
+) -> list[str | None]: ...
+def size(image: bytes, /) -> tuple[int, int]: ...
+def build_index(image: bytes, /) -> bytes | None: ...
