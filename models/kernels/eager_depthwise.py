@@ -3,6 +3,7 @@
 Shapes: B batch, H×W grid, C channels, K the (odd) side of a kernel; maps are channels-last.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,6 +171,12 @@ def tap_sums(grad: Tensor, *, side: int) -> Tensor:
     image = grad.sum(dim=0, dtype=wide_dtype(grad))
     rows, columns = (_neighbours_inside(size, side, like=image) for size in image.shape[:2])
     return torch.einsum("kh,hwc,lw->ckl", rows, image, columns)[:, None]
+
+
+def sums_inside(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """`depthwise_conv` [H, W, C] of a map of ones by `weight` [C, 1, K, K]."""
+    rows, columns = (_neighbours_inside(side, weight.shape[-1], like=weight) for side in size)
+    return columns.t() @ torch.einsum("kh,ckl->hlc", rows, weight[:, 0]).contiguous()
 
 
 def _neighbours_inside(size: int, side: int, *, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from .eager import full_precision, wide_dtype, widen
-from .eager_depthwise import scaled_residual_conv, tap_sums, weight_gradient
+from .eager_depthwise import scaled_residual_conv, sums_inside, tap_sums, weight_gradient
 
 Group = distributed.ProcessGroup | None
 Normed = tuple[Tensor, Tensor, Tensor]
@@ -230,9 +230,11 @@ class _GeluNormConv(torch.autograd.Function):
         norm, unbiased = _batch_line(active, gain, shift, eps, group)
         ctx.save_for_backward(x, *norm, *weights)
         ctx.group = group
+        # The norm is a line: its scale goes into the kernels, its constant into every image alike.
         kernel = _one_size(weights)
-        out = scaled_residual_conv(norm.apply(active), kernel, bias, torch.ones_like(gain))
-        return _with_statistics(ctx, out, norm.mean, unbiased)
+        constant = bias + norm.constant * (1 + sums_inside(kernel, active.shape[1:3]))
+        out = scaled_residual_conv(active, kernel * _per_kernel(norm.scale), None, norm.scale)
+        return _with_statistics(ctx, out.add_(constant), norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,8 +288,11 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of this process's map."""
     if x.is_meta or torch.compiler.is_compiling():  # where the faster operator is not implemented
         wide, size = widen(x), x.numel() // x.shape[-1]
-        mean = _sum(wide) / size
-        return mean, _sum((wide - mean).square()) / size
+        # In one pass, around a value that cannot be far from the mean.
+        pivot = wide[0, 0].mean(dim=0)
+        centred = wide - pivot
+        mean, square = (_sum(part) / size for part in (centred, centred.square()))
+        return pivot + mean, (square - mean.square()).clamp_min(0)
     # The statistics get the dtype of the running ones, which nothing reads here.
     running = [x.new_zeros(x.shape[-1], dtype=wide_dtype(x)) for _ in range(2)]
     planes = x.permute(0, 3, 1, 2)
