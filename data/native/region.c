@@ -236,7 +236,7 @@ static Status read_block(Reader *reader, const Huffman *dc, const Huffman *ac, i
     for (int k = 1; k < 64; k++) {
         int run = symbol(reader, ac);
         if (run < 0) return CORRUPT;
-        if (run == 0) return DONE;
+        if (run % 16 == 0 && run != 0xF0) return DONE;
         k += run >> 4;
         drop(reader, run & 15);
     }

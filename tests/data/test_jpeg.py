@@ -1,6 +1,8 @@
 """The fast path for JPEG files: the pixels of Pillow's, whatever is cut out and however damaged."""
 
 import io
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,3 +184,24 @@ def test_reduced_decoding_is_close():
 def test_impossible_jobs_are_refused(jobs):
     with pytest.raises(ValueError, match="do not fit"):
         jpeg._native.decode([b""], [None], jobs, np.zeros((1, 4, 4, 3), np.uint8))
+
+
+@pytest.mark.slow
+def test_damaged_files_and_indexes_do_no_harm(tmp_path):
+    """No access out of bounds, and no part that decodes quietly to other pixels than the whole."""
+    root = Path(__file__).parents[2]
+    files = []
+    for kind in KINDS:
+        for size in ((90, 70), (331, 40), (17, 9)):
+            files.append(tmp_path / f"{len(files)}.jpg")
+            files[-1].write_bytes(picture(kind, size))
+    sources = [root / f"data/native/{part}.c" for part in ("decode", "region", "resample")]
+    compiler = ["cc", "-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined"]
+    compiler += ["-fno-sanitize-recover=all", f"-I{root}/data/native"]
+    fuzz = [*compiler, Path(__file__).with_name("fuzz_jpeg.c"), *sources, "-ljpeg", "-lm"]
+    subprocess.run([*fuzz, "-o", tmp_path / "fuzz"], check=True)
+    done = subprocess.run(
+        [tmp_path / "fuzz", "12000", *files], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 2000, "many still had an index"
