@@ -1,10 +1,11 @@
 """The index of a set of tar shards: where every sample lies, and proof that nothing changed.
 
 Beside each shard `NAME.tar` stands `NAME.idx`: a 32-byte header, then flat little-endian columns,
-32 bytes per sample. `manifest.json` lists the shards in canonical order with their sizes and
-hashes; its own hash is the fingerprint of the data set. Sizes and index hashes are checked when
-a set is opened, shard hashes by `verify`, each sample's CRC when it is read. Invariant: every
-file is written beside and renamed into place, the manifest last.
+32 bytes per sample; and `NAME.roi` (regions.py) if its images are JPEG files. `manifest.json`
+lists the shards in canonical order with their sizes and hashes; its own hash is the fingerprint of
+the data set. Sizes and index hashes are checked when a set is opened, shard hashes by `verify`,
+each sample's CRC when it is read. Invariant: every file is written beside and renamed into place,
+the manifest last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from data.base import DataError
 from data.decode import open_image
+from data.regions import write_regions
 
 MANIFEST = "manifest.json"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
@@ -120,6 +122,9 @@ def build(
         columns = scan(path)
         num_classes = max(num_classes, int(columns["label"].max(initial=-1)) + 1)
         shards.append(write_index(path, columns))
+        write_regions(
+            path, columns["offset"], columns["size"], index_sha256=shards[-1].index_sha256
+        )
         progress(f"indexed {path} ({shards[-1].num_samples} samples)")
     names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
     if len(names) < num_classes:

@@ -12,14 +12,15 @@ import os
 import resource
 import weakref
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.base import DataError, Sample
-from data.index import Columns, Manifest, check_shard, member_name
+from data.index import Columns, Manifest, ShardInfo, check_shard, member_name
+from data.regions import Regions
 
 
 class TarSource:
@@ -35,7 +36,7 @@ class TarSource:
         manifest = Manifest.load(self._folder)
         self._shards = manifest.shards
         self._columns: list[Columns] = [check_shard(self._folder, s) for s in manifest.shards]
-        self._open = lru_cache(maxsize=_max_open_shards())(_ShardFile)
+        self._open = lru_cache(maxsize=_max_open_shards())(partial(_ShardFile, self._folder))
         counts = [shard.num_samples for shard in manifest.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.fingerprint = manifest.fingerprint
@@ -50,15 +51,16 @@ class TarSource:
     def read(self, id: int) -> Sample:
         """Return sample `id`; raises DataError naming shard and member if its bytes changed."""
         shard, row = self._locate(id)
-        columns = self._columns[shard]
+        columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         offset = int(columns["offset"][row])
         image = self._read(shard, offset, int(columns["size"][row]))
-        if zlib.crc32(image) != columns["crc32"][row]:
+        if zlib.crc32(image) != crc32:
             raise DataError(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
                 f"`foveate data index {self._folder}`"
             )
-        return Sample(id=id, image=image, label=int(columns["label"][row]))
+        regions = self._open(self._shards[shard]).read_regions(row, crc32)
+        return Sample(id=id, image=image, label=int(columns["label"][row]), regions=regions)
 
     def name(self, id: int) -> str:
         """Return `SHARD:MEMBER (sample id)`."""
@@ -68,11 +70,13 @@ class TarSource:
         return f"{self._folder / self._shards[shard].name}:{member} (sample {id})"
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        path = self._folder / self._shards[shard].name
+        info = self._shards[shard]
         try:
-            return self._open(path).read(offset, num_bytes)
+            return self._open(info).read(offset, num_bytes)
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}); restore it") from error
+            raise DataError(
+                f"{self._folder / info.name} cannot be read ({error}); restore it"
+            ) from error
 
     def _locate(self, id: int) -> tuple[int, int]:
         """Return the shard's index and the row in it."""
@@ -81,18 +85,28 @@ class TarSource:
 
 
 class _ShardFile:
-    """A file that any thread may read, closed once nobody refers to it any more."""
+    """A shard and its regions, which any thread may read, closed once nobody refers to them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, folder: Path, info: ShardInfo) -> None:
+        path = folder / info.name
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
+        self._regions = Regions(path, num_samples=info.num_samples, index_sha256=info.index_sha256)
+        weakref.finalize(self, self._regions.close)
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Return `num_bytes` from `offset` on, fewer at the end of the file."""
         return os.pread(self._descriptor, num_bytes, offset)
 
+    def read_regions(self, row: int, crc32: int) -> bytes | None:
+        """Return the regions of a sample whose bytes have this CRC, if it has any."""
+        return self._regions.read(row, crc32)
+
 
 def _max_open_shards() -> int | None:
-    """A quarter of the open files that the process may have: two sources leave half to others."""
+    """An eighth of the open files that the process may have.
+
+    A shard takes two, so that two sources leave half to others.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+    return None if limit == resource.RLIM_INFINITY else max(1, limit // 8)

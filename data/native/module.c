@@ -93,10 +93,11 @@ static Status run(Work *works, const int32_t *rows, uint8_t *out, size_t each, P
 static PyObject *answers(const Work *works, Py_ssize_t count) {
     PyObject *list = PyList_New(count);
     for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
-        PyObject *item = works[i].status == DONE
-                             ? Py_NewRef(Py_None)
-                             : PyUnicode_DecodeUTF8(works[i].message,
-                                                    (Py_ssize_t)strlen(works[i].message), "replace");
+        const char *message = works[i].message;
+        PyObject *item =
+            works[i].status == DONE
+                ? Py_NewRef(Py_None)
+                : PyUnicode_DecodeUTF8(message, (Py_ssize_t)strlen(message), "replace");
         if (item == NULL)
             Py_CLEAR(list);
         else
@@ -123,12 +124,13 @@ static int check(const Py_buffer *jobs, const Py_buffer *out, const Work *works,
 PyDoc_STRVAR(decode_doc,
              "decode(images, indexes, jobs, out) -> list\n--\n\n"
              "Decode a list of JPEG files, cut out, resize, mirror.\n\n"
-             "indexes holds None or `build_index(image)` for each image. jobs int32 [n, 15]: width\n"
-             "and height of the image; left, top, right, bottom of what is cut out; width and\n"
-             "height to which that is resized; left, top, right, bottom of what is kept of it;\n"
-             "kernel (0 bilinear, 1 bicubic); whether to mirror; whether decoding at a fraction of\n"
-             "the size is allowed. out uint8 [n, H, W, 3] is written to. Returns for each image\n"
-             "None, or why it was not decoded, empty where that kind of file is not supported.");
+             "indexes holds None or `build_index(image)` for each image. jobs int32 [n, 15]:\n"
+             "width and height of the image; left, top, right, bottom of what is cut out; width\n"
+             "and height to which that is resized; left, top, right, bottom of what is kept of\n"
+             "it; kernel (0 bilinear, 1 bicubic); whether to mirror; whether decoding at a\n"
+             "fraction of the size is allowed. out uint8 [n, H, W, 3] is written to. Returns for\n"
+             "each image None, or why it was not decoded, empty where that kind of file is not\n"
+             "supported.");
 
 static PyObject *decode(PyObject *module, PyObject *arguments) {
     (void)module;

@@ -51,8 +51,8 @@ typedef struct {
 Status axis_create(Axis *axis, double start, double extent, int outputs, int from, int to,
                    Kernel kernel);
 void axis_destroy(Axis *axis);
-/* Shrink `rows` RGBX rows of pixels, the first of which is input column axis->begin, to RGB rows
- * of axis->size pixels, `stride` bytes apart; the inputs need axis->taps pixels of slack behind them. */
+/* Resize `rows` rows of RGBX pixels, which begin with input axis->begin, to RGB rows of axis->size
+ * pixels, `stride` bytes apart. Behind the inputs axis->taps more pixels must be readable. */
 void resample_rows(const Axis *axis, const uint8_t *const *inputs, int rows, uint8_t *out,
                    size_t stride, int flip);
 /* The same for columns: `input` has axis->end - axis->begin rows of `length` bytes. */

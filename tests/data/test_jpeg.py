@@ -195,7 +195,7 @@ def test_damaged_files_and_indexes_do_no_harm(tmp_path):
         for size in ((90, 70), (331, 40), (17, 9)):
             files.append(tmp_path / f"{len(files)}.jpg")
             files[-1].write_bytes(picture(kind, size))
-    sources = [root / f"data/native/{part}.c" for part in ("decode", "region", "resample")]
+    sources = [root / f"data/native/{part}.c" for part in ("decode", "region", "resample", "scan")]
     compiler = ["cc", "-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined"]
     compiler += ["-fno-sanitize-recover=all", f"-I{root}/data/native"]
     fuzz = [*compiler, Path(__file__).with_name("fuzz_jpeg.c"), *sources, "-ljpeg", "-lm"]
