@@ -285,10 +285,13 @@ static Box mcus_around(const File *file, const Index *index, Box needed) {
 static Status put_rows(Writer *writer, const File *file, const Index *index, Box mcus, int before,
                        int after) {
     Entry last = {0}, first, end;
+    uint64_t copied = 0; /* up to where: what was copied is not copied again, so it has room */
     for (int row = mcus.top; row < mcus.bottom; row++) {
         entry_read(index, row, mcus.left, &first);
         end_read(index, file, row, mcus.right, &end);
-        if (first.bits >= end.bits || end.bits > index->bits) return CORRUPT;
+        if (first.bits < copied || first.bits >= end.bits || end.bits > index->bits)
+            return CORRUPT;
+        copied = end.bits;
         Status status = DONE;
         if (before) status = put_bridge(writer, file, last.predictors, first.predictors);
         if (status != DONE) return status;
@@ -340,10 +343,11 @@ Status region_extract(const Job *job, Box needed, Region *region) {
     region->height += above * file.mcu_height;
     region->left = needed.left + (before - mcus.left) * file.mcu_width;
     region->top = needed.top + (above - mcus.top) * file.mcu_height;
-    /* Bridges take at most 27 + 16 bits a block, stuffing at most doubles everything, and tables
-     * get at most 12 symbols more. */
+    /* Bridges take at most 27 + 16 bits a block, stuffing at most doubles everything, tables get
+     * at most 12 symbols more, and a row that ends within a stuffed byte takes it whole. */
     size_t bridges = (size_t)(down * (before + after) + above * per_row);
-    status = region_reserve(region, 2 * job->size + bridges * BLOCKS * 12 + 8 * TABLES * 36);
+    size_t rest = bridges * BLOCKS * 12 + (size_t)down * 2 + 8 * TABLES * 36;
+    status = region_reserve(region, 2 * job->size + rest);
     if (status != DONE) return status;
     Writer writer = {.out = region->bytes};
     put_header(&file, region->width, region->height, &writer.out);

@@ -32,7 +32,7 @@ Status huffman_complete(Huffman *table) {
     int length = 16, before = table->total;
     while (length > 0 && !table->counts[length]) length--;
     for (int category = 0; before && category < CATEGORIES && length < 16; category++)
-        if (!table->length[category]) {
+        if (!table->length[category] && table->total < 256) {
             table->counts[++length]++;
             table->values[table->total++] = (uint8_t)category;
         }

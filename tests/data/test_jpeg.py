@@ -34,7 +34,14 @@ def picture(kind, size=PHOTO.size):
     return encode(photo.convert("L") if kind == "grey" else photo, "JPEG", **KINDS[kind])
 
 
-def fast(image, plan, *, regions=None, **options):
+def with_a_full_table(image):
+    """The file with one more Huffman table, unused: 256 symbols, none of them a category."""
+    counts = bytes(7) + bytes([254, 2]) + bytes(7)
+    payload = b"\x03" + counts + b"\xff" * 256
+    return image[:2] + b"\xff\xc4" + (2 + len(payload)).to_bytes(2, "big") + payload + image[2:]
+
+
+def fast(image, plan, *, regions=None):
     """The pixels of one image, which must not have been left to Pillow."""
     out = np.zeros((1, *plan.shape, 3), np.uint8)
     jobs = [jpeg._job(Image.open(io.BytesIO(image)).size, plan, flip=False, reduce=False)]
@@ -77,6 +84,25 @@ def test_with_an_index_nothing_but_the_region_is_read(kind):
     damaged = bytes(damaged)
     assert not np.array_equal(Image.open(io.BytesIO(damaged)), Image.open(io.BytesIO(image)))
     assert np.array_equal(fast(damaged, plan, regions=regions), expected)
+
+
+def test_a_full_table_has_no_room_for_more():
+    image, plan = with_a_full_table(picture("4:2:0")), Geometry((120, 130, 200, 180), (80, 50))
+    regions = jpeg.build_regions(image)
+    assert regions is not None
+    assert np.array_equal(fast(image, plan, regions=regions), fast(image, plan))
+
+
+def test_an_index_that_names_the_same_bits_again_and_again_is_not_used():
+    """What it asks for would be many times the file."""
+    image, plan = picture("4:2:0"), Geometry((120, 2, 200, 240), (80, 238))
+    regions = bytearray(jpeg.build_regions(image))
+    step, per_row, rows = (int.from_bytes(regions[i : i + 2], "little") for i in (0, 2, 4))
+    columns = -(-per_row // step)
+    for entry in range(rows * columns):
+        start = 12 + 10 * entry
+        regions[start : start + 4] = bytes(4) if entry % columns < 5 else regions[8:12]
+    assert np.array_equal(fast(image, plan, regions=bytes(regions)), fast(image, plan))
 
 
 @settings(max_examples=200, deadline=None)
@@ -195,6 +221,8 @@ def test_damaged_files_and_indexes_do_no_harm(tmp_path):
         for size in ((90, 70), (331, 40), (17, 9)):
             files.append(tmp_path / f"{len(files)}.jpg")
             files[-1].write_bytes(picture(kind, size))
+    files.append(tmp_path / "full.jpg")
+    files[-1].write_bytes(with_a_full_table(picture("4:2:0", (90, 70))))
     sources = [root / f"data/native/{part}.c" for part in ("decode", "region", "resample", "scan")]
     compiler = ["cc", "-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined"]
     compiler += ["-fno-sanitize-recover=all", f"-I{root}/data/native"]
