@@ -50,7 +50,7 @@ $(STAMP):
 system:
 	@missing=; \
 	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
-	echo '#include <jpeglib.h>' | cc -include stdio.h -E -o /dev/null -x c - 2>/dev/null || \
+	echo '#include <jpeglib.h>' | cc -E -x c - >/dev/null 2>&1 || \
 	    missing="$$missing libjpeg-dev"; \
 	command -v npm >/dev/null || missing="$$missing npm"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \

@@ -25,8 +25,9 @@ RESAMPLING = {
 }
 _MAX_PIXELS = 1 << 28
 _MAX_SIDE = 65_535  # the most that JPEG knows, and an index has room for
+JPEG_MAGIC = b"\xff\xd8\xff"
 _READERS = (
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (JPEG_MAGIC, JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
 )
 

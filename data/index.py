@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from data.base import DataError
 from data.decode import open_image
-from data.regions import write_regions
+from data.regions import scan_regions
 
 MANIFEST = "manifest.json"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
@@ -122,9 +122,7 @@ def build(
         columns = scan(path)
         num_classes = max(num_classes, int(columns["label"].max(initial=-1)) + 1)
         shards.append(write_index(path, columns))
-        write_regions(
-            path, columns["offset"], columns["size"], index_sha256=shards[-1].index_sha256
-        )
+        _write_regions(path, columns, shards[-1].index_sha256)
         progress(f"indexed {path} ({shards[-1].num_samples} samples)")
     names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
     if len(names) < num_classes:
@@ -229,6 +227,15 @@ def write_index(path: Path, columns: Columns) -> ShardInfo:
         index_sha256=hashlib.sha256(index).hexdigest(),
         class_entropy=round(_entropy_bits(labels), 4),
     )
+
+
+def _write_regions(path: Path, columns: Columns, index_sha256: str) -> None:
+    target = path.with_suffix(".roi")
+    regions = scan_regions(path, columns["offset"], columns["size"], index_sha256=index_sha256)
+    if regions is None:
+        target.unlink(missing_ok=True)  # an earlier shard's
+    else:
+        write_atomically(target, regions)
 
 
 def hash_file(path: Path) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.base import DataError, Sample
-from data.decode import Geometry, check_size, decode, open_image
+from data.decode import JPEG_MAGIC, Geometry, check_size, decode, open_image
 
 try:
     from data import _native
@@ -28,7 +28,6 @@ else:
     _built = True
 
 Pixels = NDArray[np.uint8]
-_MAGIC = b"\xff\xd8\xff"
 _KERNELS = {"bilinear": 0, "bicubic": 1}
 
 
@@ -59,8 +58,8 @@ def decode_all(
         if is_fast:
             fast.append(row)
             sizes[row] = size
-    mirrored = [row for row in plans if flips is not None and flips[row]]
-    done = _decode_fast(samples, plans, fast, sizes, set(mirrored), out, reduce=reduce)
+    mirrored = {row for row in plans if flips is not None and flips[row]}
+    done = _decode_fast(samples, plans, fast, sizes, mirrored, out, reduce=reduce)
     for row, plan in plans.items():
         if row in done:
             continue
@@ -77,7 +76,7 @@ def build_regions(image: bytes) -> bytes | None:
 
     None where there can be none: other formats, progressive files, no extension.
     """
-    return _native.build_index(image) if works() and image.startswith(_MAGIC) else None
+    return _native.build_index(image) if works() and image.startswith(JPEG_MAGIC) else None
 
 
 @cache
@@ -107,7 +106,7 @@ def works() -> bool:
 
 def _size(image: bytes) -> tuple[tuple[int, int], bool]:
     """Return width and height, and whether the extension may decode the file."""
-    if image.startswith(_MAGIC) and works():
+    if image.startswith(JPEG_MAGIC) and works():
         with suppress(ValueError):  # Pillow has the last word
             size = _native.size(image)
             check_size(*size)

@@ -26,32 +26,24 @@ _FORMAT = 1
 _CHUNK = 256  # images in memory at a time
 
 
-def write_regions(
+def scan_regions(
     path: Path, offsets: NDArray[np.uint64], sizes: NDArray[np.uint32], *, index_sha256: str
-) -> None:
-    """Index the regions of the images at `offsets` of the shard `path`, on all cores.
+) -> bytes | None:
+    """Return the content of NAME.roi for the images at `offsets` of the shard `path`.
 
-    Writes nothing, and removes an older file, where no image can be indexed.
+    It is made on all cores, and None where no image can be indexed.
     """
     entries: list[bytes] = []
     workers = len(os.sched_getaffinity(0))
     with path.open("rb") as shard, ThreadPoolExecutor(workers) as pool:
         for images in _chunks(shard.fileno(), offsets, sizes):
             entries += pool.map(_entry, images)
-    target = path.with_suffix(".roi")
     if not any(entries):
-        target.unlink(missing_ok=True)
-        return
+        return None
     header = _HEADER.pack(_MAGIC, _FORMAT, len(entries), bytes.fromhex(index_sha256))
     first = _HEADER.size + 8 * (len(entries) + 1)
     ends = np.cumsum([first, *map(len, entries)], dtype="<u8")
-    beside = target.with_name(f"{target.name}.part{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(header + ends.tobytes())
-        file.writelines(entries)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(target)
+    return b"".join([header, ends.tobytes(), *entries])
 
 
 class Regions:

@@ -16,7 +16,7 @@
 #error "libjpeg-turbo's headers are needed, not those of another libjpeg"
 #endif
 
-enum { ROWS = 8, MARGIN = 2 /* pixels that colour's interpolation reaches beyond */ };
+enum { ROWS = 8 };
 
 typedef struct {
     struct jpeg_error_mgr base;
@@ -173,27 +173,25 @@ static Status open_whole(Decoder *decoder, const Job *job) {
     return CORRUPT;
 }
 
-/* Fill decoder->middle with the needed rows, shrunk along the columns. */
-static Status decode_needed(Decoder *decoder, const Job *job, Box needed, int denominator,
-                            const Axis *across) {
-    Box inside = needed;
-    Status status;
+/* Fill decoder->middle with the needed rows, shrunk along the columns: from the whole file, or from
+ * the part of it that its index leads to. */
+static Status decode_from(Decoder *decoder, const Job *job, Box needed, int denominator,
+                          const Axis *across, int whole) {
+    volatile Status status = CORRUPT;
     if (setjmp(decoder->errors.jump) == 0) {
-        status = open_region(decoder, job, &inside, denominator);
-        if (status == DONE) status = decode_rows(decoder, inside, denominator, across, job->flip);
-    } else {
-        status = CORRUPT; /* of the region, not necessarily of the file */
-    }
-    jpeg_abort_decompress(&decoder->jpeg);
-    if (status == DONE) return status;
-    if (setjmp(decoder->errors.jump) == 0) {
-        status = open_whole(decoder, job);
+        status = whole ? open_whole(decoder, job) : open_region(decoder, job, &needed, denominator);
         if (status == DONE) status = decode_rows(decoder, needed, denominator, across, job->flip);
     } else {
         status = CORRUPT;
     }
     jpeg_abort_decompress(&decoder->jpeg);
     return status;
+}
+
+static Status decode_needed(Decoder *decoder, const Job *job, Box needed, int denominator,
+                            const Axis *across) {
+    Status status = decode_from(decoder, job, needed, denominator, across, 0);
+    return status == DONE ? DONE : decode_from(decoder, job, needed, denominator, across, 1);
 }
 
 Status decode_job(Decoder *decoder, const Job *job, char message[MESSAGE_LENGTH]) {

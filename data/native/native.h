@@ -7,7 +7,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MESSAGE_LENGTH = 200, PIXEL = 4 };
+enum {
+    MESSAGE_LENGTH = 200,
+    PIXEL = 4,  /* bytes */
+    MARGIN = 2, /* pixels that colour's interpolation reaches beyond a region */
+};
 
 typedef enum {
     DONE,

@@ -35,6 +35,10 @@ static void put32(uint8_t *out, uint64_t value) {
 
 static size_t entry_size(int components) { return 4 + 2 * (size_t)components; }
 
+static size_t entries_a_row(int per_row, int step) {
+    return (size_t)((per_row + step - 1) / step);
+}
+
 Status index_build(const uint8_t *bytes, size_t size, uint8_t **index, size_t *index_size) {
     File *file = malloc(sizeof *file);
     if (file == NULL) return NO_MEMORY;
@@ -42,9 +46,8 @@ Status index_build(const uint8_t *bytes, size_t size, uint8_t **index, size_t *i
     Status status = size < (1u << 28) ? file_parse(file, bytes, size) : UNSUPPORTED;
     if (status != DONE) goto end;
     int step = file->per_row / 8 > 2 ? file->per_row / 8 : 2;
-    size_t per_row = (size_t)(file->per_row + step - 1) / (size_t)step;
     size_t entry = entry_size(file->components);
-    *index_size = HEADER + per_row * (size_t)file->rows * entry;
+    *index_size = HEADER + entries_a_row(file->per_row, step) * (size_t)file->rows * entry;
     uint8_t *out = *index = malloc(*index_size);
     if (out == NULL) {
         status = NO_MEMORY;
@@ -187,8 +190,8 @@ typedef struct {
 
 /* What precedes an MCU whose column is a multiple of the step. */
 static void entry_read(const Index *index, int row, int mcu, Entry *entry) {
-    size_t per_row = (size_t)(index->per_row + index->step - 1) / (size_t)index->step;
-    size_t number = (size_t)row * per_row + (size_t)(mcu / index->step);
+    size_t number = (size_t)row * entries_a_row(index->per_row, index->step);
+    number += (size_t)(mcu / index->step);
     const uint8_t *bytes = index->entries + number * entry_size(index->components);
     entry->bits = get32(bytes);
     for (int i = 0; i < index->components; i++)
@@ -215,9 +218,8 @@ static Status index_open(const Job *job, const File *file, Index *index) {
     if (index->step < 1 || index->per_row != file->per_row || rows != file->rows ||
         index->components != file->components)
         return CORRUPT;
-    size_t per_row = (size_t)(index->per_row + index->step - 1) / (size_t)index->step;
-    if (job->index_size != HEADER + per_row * (size_t)rows * entry_size(index->components))
-        return CORRUPT;
+    size_t entries = entries_a_row(index->per_row, index->step) * (size_t)rows;
+    if (job->index_size != HEADER + entries * entry_size(index->components)) return CORRUPT;
     return index->bits / 8 < job->size - file->scan ? DONE : CORRUPT;
 }
 
@@ -269,7 +271,6 @@ static Status region_reserve(Region *region, size_t capacity) {
 
 /* The rectangle of MCUs that are copied: [left, right) x [top, bottom). */
 static Box mcus_around(const File *file, const Index *index, Box needed) {
-    enum { MARGIN = 2 }; /* pixels that colour's interpolation reaches beyond */
     Box box = {needed.left - MARGIN, needed.top - MARGIN, needed.right + MARGIN,
                needed.bottom + MARGIN};
     int wide = file->mcu_width, high = file->mcu_height, step = index->step;

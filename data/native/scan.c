@@ -208,14 +208,15 @@ Status read_mcu(Reader *reader, const File *file, int *predictors) {
     return DONE;
 }
 
+/* Where the byte before `at` begins, with the zero that is stuffed behind it. */
+static size_t before(const Reader *reader, size_t at, size_t scan) {
+    int stuffed = at >= scan + 2 && reader->bytes[at - 1] == 0 && reader->bytes[at - 2] == 0xFF;
+    return at - (stuffed ? 2 : 1);
+}
+
 uint64_t position(const Reader *reader, size_t scan) {
     size_t at = reader->at;
     int ahead = reader->count - reader->spent;
-    for (; ahead >= 8; ahead -= 8) at -= at >= scan + 2 && reader->bytes[at - 1] == 0 &&
-                                         reader->bytes[at - 2] == 0xFF ? 2 : 1;
-    if (ahead > 0) {
-        at -= at >= scan + 2 && reader->bytes[at - 1] == 0 && reader->bytes[at - 2] == 0xFF ? 2 : 1;
-        return (uint64_t)(at - scan) * 8 + (uint64_t)(8 - ahead);
-    }
-    return (uint64_t)(at - scan) * 8;
+    for (; ahead > 0; ahead -= 8) at = before(reader, at, scan);
+    return (uint64_t)(at - scan) * 8 + (uint64_t)(ahead < 0 ? -ahead : 0);
 }

@@ -1,6 +1,5 @@
 """The file beside a shard with which parts of its images are decoded alone."""
 
-import io
 import tarfile
 
 import numpy as np
@@ -12,6 +11,7 @@ from data.augment import AugmentSpec
 from data.index import build
 from data.webdataset import TarSource
 from tests.data.pictures import encode, photograph
+from tests.data.test_index import add
 
 pytestmark = pytest.mark.skipif(not jpeg.works(), reason="built without libjpeg-turbo's headers")
 
@@ -23,14 +23,16 @@ def folder(tmp_path):
     images = {f"{n}.jpg": encode(photo.rotate(90 * n), "JPEG", quality=85) for n in range(3)}
     images["3.jpg"] = encode(photo, "JPEG", progressive=True)
     images["4.png"] = encode(photo, "PNG")
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, image in images.items():
-            for member, content in ((name, image), (name[0] + ".cls", b"0")):
-                info = tarfile.TarInfo(member)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    build(tmp_path, progress=lambda line: None)
+    index(tmp_path, images)
     return tmp_path
+
+
+def index(folder, images):
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for name, image in images.items():
+            add(archive, name, image)
+            add(archive, name[0] + ".cls", b"0")
+    build(folder, progress=lambda line: None)
 
 
 def regions(folder):
@@ -83,14 +85,6 @@ def test_truncated_or_of_another_index_they_are_not_used(folder):
 
 
 def test_a_shard_without_jpeg_files_has_no_such_file(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for member, content in (
-            ("0.png", encode(Image.new("RGB", (8, 8)), "PNG")),
-            ("0.cls", b"0"),
-        ):
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
     (tmp_path / "a.roi").write_bytes(b"of an earlier shard")
-    build(tmp_path, progress=lambda line: None)
+    index(tmp_path, {"0.png": encode(Image.new("RGB", (8, 8)), "PNG")})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "manifest.json"]
