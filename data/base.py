@@ -6,9 +6,9 @@ stream, and the batch that follows it is a pure function of (cursor, source, spe
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,42 +19,75 @@ class DataError(ValueError):
     """Bad data or data settings: the message names the thing, the value and the remedy."""
 
 
+class BadSample(DataError):
+    """One sample is not what it should be; the others may be: it is named, and can be replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """How many samples were shown, and the sum (mod 2^64) and xor of their ids' 64-bit hashes."""
+
+    count: int = 0
+    sum: int = 0
+    xor: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where the stream stands: identical on all ranks, independent of how many there are.
+    """Where the stream stands: the same on any number of ranks, and on all of them once settled.
 
     `samples` counts the samples of this epoch that the trainer has consumed over all ranks;
     `index` is the fingerprint of the data set, so that a checkpoint cannot be continued on
-    other data unnoticed.
+    other data unnoticed; `lanes` and `window` are those of the order, 0 and 0 if it is the full
+    one. `quarantine` are the ids, rising, that could not be used and were replaced; `audit` is of
+    what was shown of this epoch, or, at its very beginning, of the epoch before. Of the last two a
+    rank knows its own part: `ledger.settle` puts them together.
     """
 
     epoch: int
     samples: int
     seed: int
     index: str
+    lanes: int = 0
+    window: int = 0
+    quarantine: tuple[int, ...] = ()
+    audit: Audit = Audit()
 
-    def to_dict(self) -> dict[str, int | str]:
-        """Return a JSON-serialisable form (under 1 KB)."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable form: under 1 KB with up to 60 samples in quarantine."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cursor:
+        """Read what to_dict() returned, or what JSON made of it."""
+        audit, quarantine = Audit(**values["audit"]), tuple(values["quarantine"])
+        return cls(**{**values, "audit": audit, "quarantine": quarantine})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The share of the global batch that one data-parallel rank reads."""
+    """The share of the global batch that one data-parallel rank reads.
+
+    Of the `world_size` ranks, `ranks_here` neighbours from `first_here` on run on its machine and
+    share its cache; unset, it is alone there.
+    """
 
     rank: int
     world_size: int
+    first_here: int | None = None
+    ranks_here: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One encoded image: the bytes of a JPEG or PNG file, and its place in the data set.
+    """One image and its place in the data set.
 
-    `regions`, where there is one, is the index that lets parts of a JPEG be decoded by themselves.
+    `image` is the bytes of a JPEG or PNG file, or decoded pixels uint8 [H, W, 3]; `regions`, where
+    there is one, is the index that lets parts of a JPEG be decoded by themselves.
     """
 
     id: int
-    image: bytes
+    image: bytes | NDArray[np.uint8]
     label: int
     regions: bytes | None = None
 
@@ -64,15 +97,18 @@ class Batch:
     """A micro-batch of one rank.
 
     Shapes and dtypes, with B samples of H × W pixels: `images` uint8 [B, H, W, 3]; `labels` int64
-    [B]; `ids` int64 [B], the samples' places in the data set; `positions` int64 [B], their places
+    [B]; `ids` int64 [B], the samples' places in the data set; `planned` int64 [B], the same but
+    for samples that had to be replaced, where it names those; `positions` int64 [B], their places
     in the epoch's order; `valid` bool [B], False for padding (evaluation only). `epoch` counts
-    from 0. `images`, `labels` and `valid` are on the training device; `ids` and `positions` stay
-    on the CPU, where the randomness that hangs on them is derived without waiting for the device.
+    from 0. `images`, `labels` and `valid` are on the training device; `ids`, `planned` and
+    `positions` stay on the CPU, where the randomness that hangs on them is derived without waiting
+    for the device.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
+    planned: Tensor
     positions: Tensor
     valid: Tensor
     epoch: int
@@ -96,12 +132,29 @@ class Source(Protocol):
         """The label of every sample, shape [n]."""
         ...
 
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Number of samples in each file that is read from end to end, in order."""
+        ...
+
     def __len__(self) -> int:
         """Number of samples."""
         ...
 
+    def expect(self, next_use: NDArray[np.int64]) -> None:
+        """Be told in how many places each shard is next read, so that it may be fetched before."""
+        ...
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Be told that `ids` are read next; returns at once."""
+        ...
+
     def read(self, id: int) -> Sample:
-        """Return sample `id`; raises DataError naming the file if it cannot be read."""
+        """Return sample `id`.
+
+        Raises BadSample naming it if it is not what was indexed, and DataError naming the file if
+        that cannot be read.
+        """
         ...
 
     def name(self, id: int) -> str:

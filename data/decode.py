@@ -1,4 +1,4 @@
-"""Decoding: the bytes of a JPEG or PNG file and a geometry -> uint8 pixels.
+"""Decoding: the bytes of a JPEG or PNG file, or its pixels, and a geometry -> uint8 pixels.
 
 Owns the definition of the pixels the network sees before augmentation: decode in full, cut out
 the box, then resample the cut-out with an antialiased filter, so that nothing outside the box
@@ -51,8 +51,13 @@ class Geometry:
         return bottom - top, right - left
 
 
-def open_image(image: bytes) -> Image.Image:
-    """Return the image undecoded, its `.size` known; raises DataError if it is of neither kind."""
+def open_image(image: bytes | NDArray[np.uint8]) -> Image.Image:
+    """Return the image undecoded, its `.size` known; raises DataError if it is of neither kind.
+
+    Pixels uint8 [H, W, 3] are an image too.
+    """
+    if not isinstance(image, bytes):
+        return Image.fromarray(image)
     for magic, reader in _READERS:
         if image.startswith(magic):
             return _checked(reader, image)
@@ -62,8 +67,10 @@ def open_image(image: bytes) -> Image.Image:
     )
 
 
-def decode(image: bytes, geometry: Callable[[int, int], Geometry]) -> NDArray[np.uint8]:
-    """Decode `image` to RGB pixels uint8 [H, W, 3].
+def decode(
+    image: bytes | NDArray[np.uint8], geometry: Callable[[int, int], Geometry]
+) -> NDArray[np.uint8]:
+    """Decode `image`, a file's bytes or pixels, to RGB pixels uint8 [H, W, 3].
 
     `geometry` maps the image's (width, height) to what is cut out and how it is resized. Raises
     DataError if the bytes are no JPEG or PNG file, truncated, or corrupt.

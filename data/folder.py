@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,22 @@ from data.index import IMAGE_SUFFIXES
 from data.randomness import Purpose, uniforms
 
 
-class FolderSource:
+class _AtHand(Sized):
+    """What sources have in common that read nothing from end to end."""
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """All samples count as one shard."""
+        return np.array([len(self)], np.int64)
+
+    def expect(self, next_use: NDArray[np.int64]) -> None:
+        """Nothing needs to be fetched."""
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Nothing needs to be fetched."""
+
+
+class FolderSource(_AtHand):
     """The `Source` over `folder`/CLASS/**/IMAGE, as ImageNet is laid out.
 
     Classes and files are in the order of their names. The fingerprint covers names and sizes,
@@ -69,7 +85,7 @@ class FolderSource:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ArraySource:
+class ArraySource(_AtHand):
     """A `Source` over pixels in memory: `images` uint8 [n, H, W, 3], `labels` int64 [n]."""
 
     images: NDArray[np.uint8]
@@ -97,7 +113,7 @@ class ArraySource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSource:
+class SyntheticSource(_AtHand):
     """A `Source` of coloured noise in PNG files, made from the sample's number.
 
     Every class has a colour of its own, so that a network can learn to tell them apart. `size`

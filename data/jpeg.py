@@ -104,9 +104,9 @@ def works() -> bool:
     return True
 
 
-def _size(image: bytes) -> tuple[tuple[int, int], bool]:
+def _size(image: bytes | Pixels) -> tuple[tuple[int, int], bool]:
     """Return width and height, and whether the extension may decode the file."""
-    if image.startswith(JPEG_MAGIC) and works():
+    if isinstance(image, bytes) and image.startswith(JPEG_MAGIC) and works():
         with suppress(ValueError):  # Pillow has the last word
             size = _native.size(image)
             check_size(*size)
@@ -130,7 +130,7 @@ def _decode_fast(
     jobs = [_job(sizes[row], plans[row], flip=row in mirrored, reduce=reduce) for row in rows]
     target = out if len(rows) == len(out) else np.empty((len(rows), *out.shape[1:]), np.uint8)
     answers = _native.decode(
-        [samples[row].image for row in rows],
+        [bytes(samples[row].image) for row in rows],
         [samples[row].regions for row in rows],
         np.array(jobs, np.int32),
         target,

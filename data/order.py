@@ -1,39 +1,206 @@
-"""The order of training: which sample stands at which position, and who reads it when.
+"""The order of training: which sample stands at which position of an epoch.
 
-Owns the permutation of an epoch and its slice for a rank. Invariant: the sample at position p of
-epoch e is a pure function of (seed, e, p, n), and global batch k of an epoch is positions
-[k·G, (k+1)·G): neither depends on the number of processes, on accumulation, or on history, so a
-cursor of two integers is the entire state. Memory is O(1) in the size of the data set.
+Two shuffles: `FullShuffle`, of all samples, for data that is at hand; and `StreamShuffle`, for
+data that is far away, which reads shards one after the other in many lanes. Invariant: the sample
+at position p of epoch e is a pure function of (seed, e, p) and the sizes of the shards: it depends
+neither on the number of processes nor on history, and is found without looking at other positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.base import Cursor, DataError, Shard
-from data.randomness import Purpose, mix64, random_bits
+from data.base import DataError, Source
+from data.permutation import ROUNDS, permute
+from data.randomness import Purpose, random_bits
 
-_ROUNDS = 6  # even, so that each half of the bits is replaced equally often
 _REPEAT_BLOCK = 64  # images whose copies stand together when samples are repeated
+_MIXED = 0.5  # of the class entropy that a shard could have, the least that a shuffled one has
+_NEVER = np.int64(1) << np.int64(62)
+
+
+class Shuffle(Protocol):
+    """A seeded order of all samples, another one in each epoch."""
+
+    @property
+    def lanes(self) -> int:
+        """How many interleaved sequences of shards it reads: 0 where it knows no shards."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Within how many consecutive samples of a lane it shuffles, or 0."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """How many samples have a position in an epoch."""
+        ...
+
+    def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sample ids at `positions` (each in [0, num_positions)), same shape, int64."""
+        ...
+
+    def left_out(self, epoch: int) -> NDArray[np.int64]:
+        """Return the ids that have no position in `epoch`, int64."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullShuffle:
+    """A permutation of `num_samples` ids. Memory is O(1) in their number."""
+
+    num_samples: int
+    seed: int
+    lanes: int = field(default=0, init=False)
+    window: int = field(default=0, init=False)
+
+    @property
+    def num_positions(self) -> int:
+        """All samples have one."""
+        return self.num_samples
+
+    def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Shuffle`."""
+        keys = random_bits(self.seed, epoch, 0, Purpose.ORDER, count=ROUNDS)
+        return permute(positions, self.num_samples, keys)
+
+    def left_out(self, epoch: int) -> NDArray[np.int64]:
+        """None: every sample has a position."""
+        return np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamShuffle:
+    """An order that reads few shards at a time: their order is shuffled, then samples locally.
+
+    The shards of `shard_sizes` int64 [num_shards], permuted, lie end to end and are cut into
+    `lanes` equal parts; what does not divide is left out, other samples in each epoch. Position p
+    is place p div lanes of lane p mod lanes, where samples are shuffled within windows of about
+    `window` consecutive ones. Memory is O(num_shards). Raises DataError for fewer samples than
+    lanes.
+    """
+
+    shard_sizes: NDArray[np.int64]
+    seed: int
+    lanes: int = 64
+    window: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.window < 1:
+            raise DataError(f"lanes {self.lanes} and window {self.window} must be at least 1")
+        if self.lane_length < 1:
+            raise DataError(
+                f"{self.shard_sizes.sum()} samples do not fill {self.lanes} lanes: use fewer"
+            )
+
+    @property
+    def lane_length(self) -> int:
+        """Number of samples in a lane."""
+        return int(self.shard_sizes.sum()) // self.lanes
+
+    @property
+    def num_positions(self) -> int:
+        """Samples in all lanes."""
+        return self.lane_length * self.lanes
+
+    def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Shuffle`."""
+        lane, place = positions % self.lanes, positions // self.lanes
+        window = self._window(place)
+        start, end = self._window_start(window), self._window_start(window + 1)
+        number = lane * self._num_windows + window
+        keys = random_bits(self.seed, epoch, number, Purpose.WINDOWS, count=ROUNDS)
+        place = start + permute(place - start, end - start, keys)
+        return self._ids_along(epoch, lane * self.lane_length + place)
+
+    def left_out(self, epoch: int) -> NDArray[np.int64]:
+        """See `Shuffle`: what lies behind the last lane."""
+        return self._ids_along(epoch, np.arange(self.num_positions, self.shard_sizes.sum()))
+
+    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+        """Return in how many places of a lane each shard is next read by any of `lanes`.
+
+        0 is within the windows that stand at `place` of `epoch`; shards that are read neither in
+        this epoch nor in the next get two lane lengths. int64 [num_shards].
+        """
+        now, following = (self._uses(epoch + later, lanes) for later in (0, 1))
+        start, end = now
+        soon = np.where(end > place, np.maximum(start - place, 0), _NEVER)
+        later = self.lane_length - place + following[0]
+        limit = np.full_like(self.shard_sizes, 2 * self.lane_length)
+        nearest: NDArray[np.int64] = np.concatenate([soon, later, limit[None]]).min(axis=0)
+        return nearest
+
+    def _uses(self, epoch: int, lanes: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the places [start, end) at which each lane reads each shard: [lanes, shards].
+
+        They are those of whole windows; where a lane does not read a shard, start is far beyond
+        any place and end is 0.
+        """
+        shards, ends = self._layout(epoch)
+        first = np.array(lanes)[:, None] * self.lane_length
+        start = np.clip(ends - self.shard_sizes[shards] - first, 0, self.lane_length)
+        end = np.clip(ends - first, 0, self.lane_length)
+        used = end > start
+        start = np.where(used, self._window_start(self._window(start)), _NEVER)
+        end = np.where(used, self._window_start(self._window(end - 1) + 1), 0)
+        inverse = np.argsort(shards)
+        return start[:, inverse], end[:, inverse]
+
+    def _window(self, place: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which window of its lane a place lies in."""
+        return ((place + 1) * self._num_windows - 1) // self.lane_length
+
+    def _window_start(self, window: NDArray[np.int64]) -> NDArray[np.int64]:
+        return window * self.lane_length // self._num_windows
+
+    @property
+    def _num_windows(self) -> int:
+        """Windows of a lane: of equal length to within one sample, at most `window`."""
+        return -(-self.lane_length // self.window)
+
+    def _ids_along(self, epoch: int, along: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ids at places of the shards laid end to end."""
+        shards, ends = self._layout(epoch)
+        index = np.searchsorted(ends, along, side="right")
+        shard = shards[index]
+        row = along - (ends[index] - self.shard_sizes[shard])
+        return self._first_ids[shard] + row
+
+    @cached_property
+    def _first_ids(self) -> NDArray[np.int64]:
+        return np.cumsum(self.shard_sizes) - self.shard_sizes
+
+    def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the shards in the order of an epoch, and where each ends along them."""
+        return _layout(self, epoch)
+
+
+@lru_cache(maxsize=8)
+def _layout(shuffle: StreamShuffle, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    count = len(shuffle.shard_sizes)
+    keys = random_bits(shuffle.seed, epoch, 0, Purpose.SHARDS, count=ROUNDS)
+    shards = permute(np.arange(count), count, keys)
+    return shards, np.cumsum(shuffle.shard_sizes[shards])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A seeded permutation of `num_samples` ids per epoch.
+    """A shuffle whose samples may be repeated.
 
-    A Feistel network over the smallest power of two that holds the ids, walking cycles until
-    the value falls inside (Black and Rogaway, CT-RSA 2002): at most two applications on average.
     With `repeats` above 1 an epoch shows 1/repeats of the samples, each that many times (Hoffer
     et al., arXiv:1901.09335): 64 samples, then the same ones again, moved up by one place so that
     a copy has another partner than the copy before it.
     """
 
-    num_samples: int
-    seed: int
+    shuffle: Shuffle
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -41,132 +208,46 @@ class Order:
             raise DataError(f"repeats {self.repeats} must be at least 1")
 
     def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sample ids at `positions` (each in [0, num_samples)), same shape, int64."""
+        """Return the sample ids at `positions` (each in [0, num_positions)), same shape, int64."""
         if self.repeats == 1:
-            return self._shuffled(epoch, positions)
+            return self.shuffle.ids(epoch, positions)
         block = positions // (_REPEAT_BLOCK * self.repeats) * _REPEAT_BLOCK
         place = (positions + self.copies(positions)) % _REPEAT_BLOCK
-        return self._shuffled(epoch, block + place)
+        return self.shuffle.ids(epoch, block + place)
 
     def copies(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return which copy of its sample stands at each position: int64 in [0, repeats)."""
         return positions // _REPEAT_BLOCK % self.repeats
 
-    def _shuffled(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        keys = random_bits(self.seed, epoch, np.arange(_ROUNDS), Purpose.ORDER, count=1)[:, 0]
-        values = self._permute(positions.astype(np.uint64).ravel(), keys)
-        outside = np.flatnonzero(values >= self.num_samples)
-        while outside.size:
-            values[outside] = self._permute(values[outside], keys)
-            outside = outside[values[outside] >= self.num_samples]
-        return values.astype(np.int64).reshape(positions.shape)
 
-    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Permute the integers below the next power of two above num_samples."""
-        num_bits = (self.num_samples - 1).bit_length()
-        low_bits = np.uint64(num_bits // 2)
-        low_mask = np.uint64((1 << (num_bits // 2)) - 1)
-        high_mask = np.uint64((1 << (num_bits - num_bits // 2)) - 1)
-        low, high = values & low_mask, values >> low_bits
-        for round_index in range(0, _ROUNDS, 2):
-            low = low ^ (mix64(high + keys[round_index]) & low_mask)
-            high = high ^ (mix64(low + keys[round_index + 1]) & high_mask)
-        return (high << low_bits) | low
+def stream_shuffle(
+    source: Source, *, seed: int, lanes: int, window: int, allow_unmixed: bool = False
+) -> StreamShuffle:
+    """Return the shuffle that reads `source` shard by shard.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """One rank's share of one micro-batch: its positions in `epoch`, and the cursor after it."""
-
-    epoch: int
-    positions: NDArray[np.int64]
-    cursor: Cursor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How an epoch of `num_samples` is cut into global batches, and those into micro-batches.
-
-    The last num_samples mod global_batch positions of an epoch are left out; which samples stand
-    there differs from epoch to epoch. `mix_group` neighbours always go to one rank together: 2
-    where samples are mixed in pairs. Raises DataError if the data set is smaller than a batch.
+    Raises DataError if its shards hold few classes each, which windows cannot mix: their classes
+    have on average less than half of the entropy that random samples would have.
     """
-
-    num_samples: int
-    global_batch: int
-    micro_batches: int = 1
-    mix_group: int = 1
-
-    def __post_init__(self) -> None:
-        if self.global_batch < 1 or self.micro_batches < 1:
-            raise DataError(
-                f"global batch {self.global_batch} and micro-batches {self.micro_batches} "
-                "must be at least 1"
-            )
-        if self.num_samples < self.global_batch:
-            raise DataError(
-                f"the data set has {self.num_samples} samples, fewer than one global batch of "
-                f"{self.global_batch}: lower the global batch"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of whole global batches in an epoch."""
-        return self.num_samples // self.global_batch
-
-    def check(self, shard: Shard) -> None:
-        """Raise DataError unless every rank gets a whole number of samples, or of mixed groups."""
-        ranks, parts, group = shard.world_size, self.micro_batches, self.mix_group
-        divisor = ranks * parts * group
-        if self.global_batch % divisor:
-            mixed = "" if group == 1 else f" × {group} images that are mixed"
-            raise DataError(
-                f"global batch {self.global_batch} does not divide by {divisor} = {ranks} "
-                f"processes × {parts} micro-batches{mixed}: use "
-                f"{max(1, round(self.global_batch / divisor)) * divisor}"
-            )
-
-    def take(self, cursor: Cursor, shard: Shard) -> Slice:
-        """Return the micro-batch that starts at `cursor`, as `shard` sees it.
-
-        Raises DataError if the batch does not divide among the ranks, or the cursor does not
-        stand on the boundary of a micro-batch.
-        """
-        self.check(shard)
-        micro = self.global_batch // self.micro_batches
-        usable = self.steps_per_epoch * self.global_batch
-        if cursor.samples % micro:
-            raise DataError(
-                f"the cursor stands at sample {cursor.samples} of epoch {cursor.epoch}, which is "
-                f"no multiple of the micro-batch {micro} = {self.global_batch} / "
-                f"{self.micro_batches}: keep the global batch until the epoch ends"
-            )
-        if cursor.samples + micro > usable:
-            cursor = replace(cursor, epoch=cursor.epoch + 1, samples=0)
-        share = micro // shard.world_size
-        first = cursor.samples + shard.rank * share
-        after = cursor.samples + micro
-        following = (
-            replace(cursor, samples=after)
-            if after < usable
-            else replace(cursor, epoch=cursor.epoch + 1, samples=0)
+    found, possible = _class_entropy(source)
+    if found < _MIXED * possible and not allow_unmixed:
+        raise DataError(
+            f"the shards are sorted by class: {found:.1f} bits of class entropy per shard, where "
+            f"shuffled ones would have up to {possible:.1f}, so that batches would hold few "
+            "classes; pack the data again (`foveate data pack` shuffles), use the full order, or "
+            "allow it"
         )
-        positions = np.arange(first, first + share, dtype=np.int64)
-        return Slice(epoch=cursor.epoch, positions=positions, cursor=following)
+    return StreamShuffle(shard_sizes=source.shard_sizes, seed=seed, lanes=lanes, window=window)
 
 
-def evaluation_ids(
-    num_samples: int, *, batch_size: int, shard: Shard
-) -> Iterator[NDArray[np.int64]]:
-    """Yield the ids of each evaluation batch of `shard`: int64 [batch_size], -1 where padded.
-
-    All ranks together cover every id exactly once, and each yields the same number of batches.
-    """
-    stride = batch_size * shard.world_size
-    for start in range(shard.rank * batch_size, _round_up(num_samples, stride), stride):
-        ids = np.arange(start, start + batch_size, dtype=np.int64)
-        yield np.where(ids < num_samples, ids, -1)
+def _class_entropy(source: Source) -> tuple[float, float]:
+    """Return the mean entropy of the classes in a shard, and the most it could be, in bits."""
+    sizes = source.shard_sizes
+    parts = np.split(source.labels, np.cumsum(sizes)[:-1])
+    found = np.average([entropy_bits(part) for part in parts], weights=sizes)
+    return float(found), min(entropy_bits(source.labels), math.log2(sizes.mean()))
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def entropy_bits(labels: NDArray[np.integer[Any]]) -> float:
+    """Return the entropy of a sample's class in bits."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log2(shares)).sum())

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from data.base import DataError, Source
 from data.decode import open_image
-from data.folder import FolderSource
+from data.folder import FolderSource, encode_png
 from data.index import MANIFEST, Manifest, build, check_shard
-from data.order import Order
+from data.order import FullShuffle
 
 RECIPE = "pack.json"  # what the shards were packed from: tells a finished job from another one
 SPLITS = ("train", "val")
@@ -121,7 +121,7 @@ def _write_shards(
     seed: int,
     progress: Callable[[str], None],
 ) -> None:
-    order = Order(num_samples=len(source), seed=seed).ids(0, np.arange(len(source)))
+    order = FullShuffle(num_samples=len(source), seed=seed).ids(0, np.arange(len(source)))
     num_shards = -(-len(source) // samples_per_shard)
     first = 0
     for number, ids in enumerate(np.array_split(order, num_shards)):
@@ -137,9 +137,10 @@ def _write_shard(path: Path, source: Source, ids: NDArray[np.int64], first: int)
     with webdataset.TarWriter(str(path), mtime=0) as writer:
         for position, id in enumerate(ids.tolist(), start=first):
             sample = source.read(id)
-            suffix = _suffix(sample.image, source, id)
+            image = sample.image if isinstance(sample.image, bytes) else encode_png(sample.image)
+            suffix = _suffix(image, source, id)
             key = f"{position:09d}"
-            writer.write({"__key__": key, suffix: sample.image, "cls": sample.label})
+            writer.write({"__key__": key, suffix: image, "cls": sample.label})
 
 
 def _suffix(image: bytes, source: Source, id: int) -> str:

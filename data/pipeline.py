@@ -1,36 +1,30 @@
 """The input pipeline: from a source and a cursor to micro-batches on the device.
 
-Owns the decoding threads and the prefetch queue. Invariant: a batch is assembled by position in
-buffers of its own and handed out in order, so neither the number of threads nor their timing can
-change what the trainer sees; closing the stream ends every thread.
-Threads, not processes: decoding and resampling release the interpreter's lock, and there is
-nothing to pickle, to leak, or to restart.
+Owns how order, schedule, augmentation and loading are put together, and the ledger that goes with
+the cursor.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from functools import partial
-from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from data.augment import AugmentSpec, EvalSpec
-from data.base import Batch, Cursor, DataError, Sample, Shard, Source
+from data.base import Audit, Batch, Cursor, DataError, Shard, Source
 from data.folder import FolderSource, SyntheticSource
-from data.order import Order, Schedule, evaluation_ids
+from data.ledger import add, audit
+from data.loader import Loader, Plan
+from data.order import FullShuffle, Order, Shuffle
+from data.schedule import Schedule, evaluation_ids
 from data.webdataset import TarSource
 
-Pixels = NDArray[np.uint8]
-Render = Callable[[Sequence[Sample], NDArray[np.int64], Pixels], dict[int, DataError]]
+_LISTED = 10  # bad samples that a message names
 
 
 def open_source(kind: str, path: str | Path) -> Source:
@@ -49,30 +43,16 @@ def open_source(kind: str, path: str | Path) -> Source:
     raise DataError(f"data source {kind!r} is not one of webdataset, folder, synthetic")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A batch before it is loaded. Ids of -1 are padding; `keys` are what augmentation hangs on."""
-
-    epoch: int
-    ids: NDArray[np.int64]
-    keys: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    size: int
-    render: Render
-    cursor: Cursor
-
-
-_Pending = tuple[_Plan, Tensor, list[Future[None]]]
-
-
 class ImagePipeline:
     """The `DataPipeline` of training images.
 
+    Samples come in the order of `shuffle`, all of them shuffled unless told otherwise.
     `global_batch` samples make an optimizer step, cut into `micro_batches`, each rank getting whole
     groups of `mix_group` neighbours; with `repeats` above 1 an epoch shows so many differently
-    augmented copies of fewer images. How they are loaded changes nothing about them: `num_workers`
-    threads decode, `prefetch` micro-batches are kept ahead, and images, labels and validity end up
-    on `device`. Raises DataError if the data set is smaller than a batch.
+    augmented copies of fewer images. Up to `max_replaced` samples that cannot be used are replaced
+    by others. How they are loaded changes nothing about them: `num_workers` threads decode,
+    `prefetch` micro-batches are kept ahead, and images, labels and validity end up on `device`.
+    Raises DataError if the data set is smaller than a batch.
     """
 
     def __init__(
@@ -81,9 +61,11 @@ class ImagePipeline:
         *,
         augment: AugmentSpec,
         global_batch: int,
+        shuffle: Shuffle | None = None,
         micro_batches: int = 1,
         mix_group: int = 1,
         repeats: int = 1,
+        max_replaced: int = 0,
         seed: int = 0,
         num_workers: int = 2,
         prefetch: int = 2,
@@ -92,15 +74,22 @@ class ImagePipeline:
         self.source = source
         self.augment = augment
         self.seed = seed
+        self._shuffle = shuffle or FullShuffle(num_samples=len(source), seed=seed)
+        self._order = Order(shuffle=self._shuffle, repeats=repeats)
         self.schedule = Schedule(
-            num_samples=len(source),
+            num_positions=self._shuffle.num_positions,
             global_batch=global_batch,
             micro_batches=micro_batches,
             mix_group=mix_group,
+            lanes=self._shuffle.lanes,
         )
-        self._order = Order(num_samples=len(source), seed=seed, repeats=repeats)
-        self._loader = _Loader(
-            source, num_workers=num_workers, prefetch=prefetch, device=torch.device(device)
+        self._max_replaced = max_replaced
+        self._loader = Loader(
+            source,
+            num_workers=num_workers,
+            prefetch=prefetch,
+            device=torch.device(device),
+            replace=max_replaced > 0,
         )
 
     @property
@@ -110,17 +99,48 @@ class ImagePipeline:
 
     def start(self) -> Cursor:
         """Return the cursor before the first sample of epoch 0."""
-        return Cursor(epoch=0, samples=0, seed=self.seed, index=self.source.fingerprint)
+        return Cursor(
+            epoch=0,
+            samples=0,
+            seed=self.seed,
+            index=self.source.fingerprint,
+            lanes=self._shuffle.lanes,
+            window=self._shuffle.window,
+        )
 
     def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         """Yield this shard's micro-batches from `start` on, each with the cursor that follows it.
 
-        Raises DataError if the cursor belongs to other data or another seed, if the global batch
-        does not divide, and, when its turn comes, for a sample that cannot be read or decoded.
+        Raises DataError if the cursor belongs to other data, another seed or order, if the global
+        batch does not divide, and, when its turn comes, for samples that cannot be used, once
+        there are more of them than may be replaced.
         """
         self._check(start)
         self.schedule.check(shard)
-        return self._loader.stream(self._plans(start, shard))
+        return self._batches(start, shard)
+
+    def expected(self, epoch: int) -> Audit:
+        """Return what the audit of a whole epoch must be, from the list of samples.
+
+        That is: each sample once, but for those at positions that make no whole batch.
+        """
+        used, held = self.schedule.used_positions, self._shuffle.num_positions
+        if self._order.repeats > 1:
+            return audit(self._order.ids(epoch, np.arange(used)))
+        left_out = self._shuffle.ids(epoch, np.arange(used, held))
+        everything = np.ones(len(self.source), bool)
+        everything[left_out] = everything[self._shuffle.left_out(epoch)] = False
+        return audit(np.flatnonzero(everything))
+
+    def check_epoch(self, cursor: Cursor) -> None:
+        """Raise DataError unless the epoch before the settled `cursor` showed each sample once."""
+        assert cursor.samples == 0, f"{cursor} is not the end of an epoch"
+        expected = self.expected(cursor.epoch - 1)
+        if cursor.audit != expected:
+            raise DataError(
+                f"epoch {cursor.epoch - 1} did not show every sample once: {cursor.audit} instead "
+                f"of {expected}; go back to a checkpoint before it and report this"
+            )
 
     def _check(self, start: Cursor) -> None:
         if start.index != self.source.fingerprint:
@@ -133,14 +153,44 @@ class ImagePipeline:
                 f"the cursor belongs to seed {start.seed}, but the seed is {self.seed}: keep it, "
                 "or start a new run"
             )
+        ours = self.start()
+        if (start.lanes, start.window) != (ours.lanes, ours.window):
+            raise DataError(
+                f"the cursor belongs to {_describe_order(start)}, but this is "
+                f"{_describe_order(ours)}: keep it, or start a new run"
+            )
 
-    def _plans(self, cursor: Cursor, shard: Shard) -> Iterator[_Plan]:
+    def _batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
+        self._loader.quarantine = set(start.quarantine)
+        epoch = start.epoch
+        shown = start.audit if shard.rank == 0 and start.samples > 0 else Audit()
+        with closing(self._loader.stream(self._plans(start, shard))) as stream:
+            for batch, cursor in stream:
+                shown = shown if batch.epoch == epoch else Audit()
+                epoch = batch.epoch
+                shown = add(shown, audit(batch.planned.numpy()))
+                quarantine = tuple(sorted(self._loader.quarantine))
+                self.check_replaced(quarantine)
+                yield batch, replace(cursor, audit=shown, quarantine=quarantine)
+
+    def check_replaced(self, quarantine: Sequence[int]) -> None:
+        """Raise DataError, naming some, if more samples had to be replaced than may be."""
+        if len(quarantine) > self._max_replaced:
+            named = [self.source.name(id) for id in quarantine[:_LISTED]]
+            more = len(quarantine) - len(named)
+            raise DataError(
+                f"{len(quarantine)} samples cannot be used, and {self._max_replaced} may be "
+                f"replaced: {', '.join(named)}{f' and {more} more' if more else ''}; restore the "
+                "files, or allow more"
+            )
+
+    def _plans(self, cursor: Cursor, shard: Shard) -> Iterator[Plan]:
         while True:
             part = self.schedule.take(cursor, shard)
             cursor = part.cursor
             ids = self._order.ids(part.epoch, part.positions)
             copies = self._order.copies(part.positions)
-            yield _Plan(
+            yield Plan(
                 epoch=part.epoch,
                 ids=ids,
                 keys=ids + copies * len(self.source),
@@ -149,6 +199,12 @@ class ImagePipeline:
                 render=partial(self.augment.render, seed=self.seed, epoch=part.epoch),
                 cursor=cursor,
             )
+
+
+def _describe_order(cursor: Cursor) -> str:
+    if cursor.lanes == 0:
+        return "the full order"
+    return f"the stream order of {cursor.lanes} lanes and windows of {cursor.window}"
 
 
 def eval_batches(
@@ -166,12 +222,10 @@ def eval_batches(
     Each shard yields the same number of batches, all of `batch_size`; what is missing at the end
     is padded with black images, label 0, id -1 and valid False. Raises DataError as training does.
     """
-    loader = _Loader(
-        source, num_workers=num_workers, prefetch=prefetch, device=torch.device(device)
-    )
+    loader = Loader(source, num_workers=num_workers, prefetch=prefetch, device=torch.device(device))
     cursor = Cursor(epoch=0, samples=0, seed=0, index=source.fingerprint)
     plans = (
-        _Plan(
+        Plan(
             epoch=0,
             ids=ids,
             keys=ids,
@@ -185,69 +239,6 @@ def eval_batches(
     with closing(loader.stream(plans)) as stream:
         for batch, _ in stream:
             yield batch
-
-
-class _Loader:
-    """Loads planned batches by threads, ahead of the consumer."""
-
-    def __init__(
-        self, source: Source, *, num_workers: int, prefetch: int, device: torch.device
-    ) -> None:
-        if num_workers < 1 or prefetch < 1:
-            raise DataError(f"num_workers {num_workers} and prefetch {prefetch} must be at least 1")
-        self._source = source
-        self._num_workers = num_workers
-        self._prefetch = prefetch
-        self._device = device
-
-    def stream(self, plans: Iterator[_Plan]) -> Generator[tuple[Batch, Cursor]]:
-        """Yield the batches of `plans` in order, each with its cursor; closing ends the threads."""
-        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="foveate-data")
-        try:
-            pending = deque(self._submit(pool, plan) for plan in islice(plans, self._prefetch))
-            while pending:
-                plan, images, parts = pending.popleft()
-                for part in parts:
-                    part.result()
-                pending.extend(self._submit(pool, plan) for plan in islice(plans, 1))
-                yield self._batch(plan, images), plan.cursor
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, pool: ThreadPoolExecutor, plan: _Plan) -> _Pending:
-        shape = (len(plan.ids), plan.size, plan.size, 3)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        ends = np.linspace(0, len(plan.ids), self._num_workers + 1).astype(int)
-        rows = [slice(*ends) for ends in pairwise(ends.tolist())]
-        parts = [pool.submit(self._fill, plan, images.numpy(), part) for part in rows]
-        return plan, images, parts
-
-    def _fill(self, plan: _Plan, images: Pixels, rows: slice) -> None:
-        """Load the samples of `rows` into their rows of `images`; blacken the padding."""
-        ids, out = plan.ids[rows], images[rows]
-        held = int((ids >= 0).sum())  # padding comes last
-        out[held:] = 0
-        samples = [self._source.read(id) for id in ids[:held].tolist()]
-        failures = plan.render(samples, plan.keys[rows][:held], out[:held])
-        for row, error in failures.items():
-            raise DataError(f"{self._source.name(samples[row].id)} {error}") from error
-
-    def _batch(self, plan: _Plan, images: Tensor) -> Batch:
-        valid = plan.ids >= 0
-        labels = np.where(valid, self._source.labels[plan.ids], 0)
-        return Batch(
-            images=self._to_device(images),
-            labels=self._to_device(torch.from_numpy(labels)),
-            ids=torch.from_numpy(plan.ids),
-            positions=torch.from_numpy(plan.positions),
-            valid=self._to_device(torch.from_numpy(valid)),
-            epoch=plan.epoch,
-        )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return tensor.to(self._device)
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def _parse_parameters(text: str) -> dict[str, int]:

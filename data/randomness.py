@@ -31,7 +31,8 @@ class Purpose(IntEnum):
     ERASE_NOISE = 8
     DROP_PATH = 9
     SYNTHETIC = 10
-    PACK = 11
+    SHARDS = 12
+    WINDOWS = 13
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

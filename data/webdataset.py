@@ -12,13 +12,14 @@ import os
 import resource
 import weakref
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.base import DataError, Sample
+from data.base import BadSample, DataError, Sample
 from data.index import Columns, Manifest, ShardInfo, check_shard, member_name
 from data.regions import Regions
 
@@ -37,8 +38,8 @@ class TarSource:
         self._shards = manifest.shards
         self._columns: list[Columns] = [check_shard(self._folder, s) for s in manifest.shards]
         self._open = lru_cache(maxsize=_max_open_shards())(partial(_ShardFile, self._folder))
-        counts = [shard.num_samples for shard in manifest.shards]
-        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.shard_sizes = np.array([shard.num_samples for shard in manifest.shards], np.int64)
+        self._ends = np.cumsum(self.shard_sizes)
         self.fingerprint = manifest.fingerprint
         self.classes = manifest.classes
         self.labels: NDArray[np.int64] = np.concatenate(
@@ -48,14 +49,20 @@ class TarSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def expect(self, next_use: NDArray[np.int64]) -> None:
+        """Nothing needs to be fetched."""
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Nothing needs to be fetched."""
+
     def read(self, id: int) -> Sample:
-        """Return sample `id`; raises DataError naming shard and member if its bytes changed."""
+        """Return sample `id`; raises BadSample naming shard and member if its bytes changed."""
         shard, row = self._locate(id)
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         offset = int(columns["offset"][row])
         image = self._read(shard, offset, int(columns["size"][row]))
         if zlib.crc32(image) != crc32:
-            raise DataError(
+            raise BadSample(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
                 f"`foveate data index {self._folder}`"
             )

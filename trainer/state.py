@@ -41,4 +41,4 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """Read what to_dict() returned."""
-        return cls(**{**values, "cursor": Cursor(**values["cursor"])})
+        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"])})

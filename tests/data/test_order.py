@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.base import Cursor, DataError, Shard
-from data.order import Order, Schedule, evaluation_ids
+from data.order import FullShuffle, Order
+from data.schedule import Schedule, evaluation_ids
 
 START = Cursor(epoch=0, samples=0, seed=5, index="")
 WORLDS = (1, 2, 3, 4, 8)
@@ -15,7 +16,7 @@ WORLDS = (1, 2, 3, 4, 8)
 @settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(-(2**63), 2**63), st.integers(0, 1000))
 def test_every_epoch_is_a_permutation(num_samples, seed, epoch):
-    ids = Order(num_samples=num_samples, seed=seed).ids(epoch, np.arange(num_samples))
+    ids = FullShuffle(num_samples=num_samples, seed=seed).ids(epoch, np.arange(num_samples))
     assert np.array_equal(np.sort(ids), np.arange(num_samples))
 
 
@@ -23,7 +24,7 @@ def test_every_epoch_is_a_permutation(num_samples, seed, epoch):
 @given(st.integers(1, 10**9), st.integers(0, 2**31), st.data())
 def test_a_position_has_one_sample_however_it_is_asked_for(num_samples, seed, data):
     positions = np.array(data.draw(st.lists(st.integers(0, num_samples - 1), min_size=1)))
-    order = Order(num_samples=num_samples, seed=seed)
+    order = FullShuffle(num_samples=num_samples, seed=seed)
     together = order.ids(3, positions)
     assert together.tolist() == [int(order.ids(3, np.array([p]))[0]) for p in positions]
     assert together.min() >= 0
@@ -34,7 +35,7 @@ def test_a_position_has_one_sample_however_it_is_asked_for(num_samples, seed, da
 def test_epochs_and_seeds_differ_and_look_random(num_samples):
     positions = np.arange(num_samples)
     orders = [
-        Order(num_samples=num_samples, seed=seed).ids(epoch, positions)
+        FullShuffle(num_samples=num_samples, seed=seed).ids(epoch, positions)
         for seed, epoch in [(0, 0), (0, 1), (1, 0), (2**40, 0)]
     ]
     for index, first in enumerate(orders):
@@ -46,14 +47,14 @@ def test_epochs_and_seeds_differ_and_look_random(num_samples):
 
 def test_class_sorted_data_is_mixed_like_a_true_shuffle():
     """1,000 of 100,000 samples sorted into 1,000 classes: about 632 distinct ones are ideal."""
-    ids = Order(num_samples=100_000, seed=1).ids(0, np.arange(1000))
+    ids = FullShuffle(num_samples=100_000, seed=1).ids(0, np.arange(1000))
     assert 590 < len(np.unique(ids // 100)) < 675
 
 
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_repeated_samples_share_an_epoch_but_no_pair(repeats):
     positions = np.arange(64 * repeats * 20)
-    order = Order(num_samples=len(positions), seed=0, repeats=repeats)
+    order = Order(shuffle=FullShuffle(num_samples=len(positions), seed=0), repeats=repeats)
     ids, copies = order.ids(0, positions), order.copies(positions)
     assert len(np.unique(ids)) == len(positions) // repeats
     assert len(set(zip(ids.tolist(), copies.tolist(), strict=True))) == len(positions)
@@ -67,7 +68,7 @@ def test_repeated_samples_share_an_epoch_but_no_pair(repeats):
 @pytest.mark.parametrize("num_samples", [10, 70, 100, 200])
 def test_repeats_work_on_sets_that_end_within_a_block(num_samples):
     positions = np.arange(num_samples)
-    order = Order(num_samples=num_samples, seed=0, repeats=3)
+    order = Order(shuffle=FullShuffle(num_samples=num_samples, seed=0), repeats=3)
     ids, copies = order.ids(0, positions), order.copies(positions)
     assert ids.min() >= 0
     assert ids.max() < num_samples
@@ -76,7 +77,7 @@ def test_repeats_work_on_sets_that_end_within_a_block(num_samples):
 
 def test_no_repeats_at_all_are_refused():
     with pytest.raises(DataError, match="repeats 0"):
-        Order(num_samples=10, seed=0, repeats=0)
+        Order(shuffle=FullShuffle(num_samples=10, seed=0), repeats=0)
 
 
 def global_batch(schedule, cursor, world_size):
@@ -104,7 +105,7 @@ def test_global_batches_do_not_depend_on_world_size_or_accumulation(num_samples,
     cursor = START
     steps_per_epoch = num_samples // 96
     for step, (world_size, micro_batches) in enumerate(topologies):
-        schedule = Schedule(num_samples=num_samples, global_batch=96, micro_batches=micro_batches)
+        schedule = Schedule(num_positions=num_samples, global_batch=96, micro_batches=micro_batches)
         epoch, positions, cursor = global_batch(schedule, cursor, world_size)
         first = step % steps_per_epoch * 96
         assert epoch == step // steps_per_epoch
@@ -113,14 +114,14 @@ def test_global_batches_do_not_depend_on_world_size_or_accumulation(num_samples,
 
 
 def test_the_cursor_counts_micro_batches_over_all_ranks():
-    schedule = Schedule(num_samples=100, global_batch=24, micro_batches=3)
+    schedule = Schedule(num_positions=100, global_batch=24, micro_batches=3)
     part = schedule.take(START, Shard(rank=1, world_size=2))
     assert part.positions.tolist() == [4, 5, 6, 7]
     assert part.cursor.samples == 8
 
 
 def test_the_remainder_is_dropped_and_the_epoch_rolls_over():
-    schedule = Schedule(num_samples=21, global_batch=8)
+    schedule = Schedule(num_positions=21, global_batch=8)
     cursor = START
     seen = []
     for _ in range(4):
@@ -132,23 +133,23 @@ def test_the_remainder_is_dropped_and_the_epoch_rolls_over():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic():
-    pairs = Schedule(num_samples=1000, global_batch=100, micro_batches=2, mix_group=2)
+    pairs = Schedule(num_positions=1000, global_batch=100, micro_batches=2, mix_group=2)
     with pytest.raises(DataError, match=r"100 does not divide by 12 = 3 processes × 2 micro-") as e:
         pairs.take(START, Shard(rank=0, world_size=3))
     assert "× 2 images that are mixed: use 96" in str(e.value)
-    alone = Schedule(num_samples=1000, global_batch=100, micro_batches=2)
+    alone = Schedule(num_positions=1000, global_batch=100, micro_batches=2)
     with pytest.raises(DataError, match=r"by 6 = 3 processes × 2 micro-batches: use 102"):
         alone.take(START, Shard(rank=0, world_size=3))
 
 
 def test_without_mixing_a_rank_may_get_a_single_sample():
-    schedule = Schedule(num_samples=9, global_batch=3)
+    schedule = Schedule(num_positions=9, global_batch=3)
     ranks = [schedule.take(START, Shard(rank=rank, world_size=3)) for rank in range(3)]
     assert [rank.positions.tolist() for rank in ranks] == [[0], [1], [2]]
 
 
 def test_a_cursor_within_a_micro_batch_is_refused():
-    schedule = Schedule(num_samples=1000, global_batch=100)
+    schedule = Schedule(num_positions=1000, global_batch=100)
     cursor = Cursor(epoch=0, samples=50, seed=0, index="")
     with pytest.raises(DataError, match="sample 50 of epoch 0"):
         schedule.take(cursor, Shard(rank=0, world_size=1))
@@ -156,7 +157,7 @@ def test_a_cursor_within_a_micro_batch_is_refused():
 
 def test_a_data_set_smaller_than_a_batch_is_refused():
     with pytest.raises(DataError, match="10 samples, fewer than one global batch of 16"):
-        Schedule(num_samples=10, global_batch=16)
+        Schedule(num_positions=10, global_batch=16)
 
 
 @given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(WORLDS))

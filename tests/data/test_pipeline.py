@@ -1,5 +1,6 @@
 """The input pipeline: the same batches for any world, thread count and starting point."""
 
+import json
 import re
 import threading
 from itertools import islice
@@ -11,6 +12,7 @@ import torch
 from data.augment import AugmentSpec, EvalSpec
 from data.base import Batch, Cursor, DataError, Shard
 from data.folder import FolderSource, SyntheticSource
+from data.ledger import settle
 from data.mixing import Mixer, MixSpec
 from data.pipeline import ImagePipeline, eval_batches
 from data.randomness import drop_noise
@@ -65,9 +67,8 @@ def step_of(cursor, world_size, micro_batches):
         take(pipeline, cursor, Shard(rank=rank, world_size=world_size), micro_batches)
         for rank in range(world_size)
     ]
-    assert len({after for _, after in ranks}) == 1
     by_position = [batches[micro] for micro in range(micro_batches) for batches, _ in ranks]
-    return by_position, ranks[0][1]
+    return by_position, settle([after for _, after in ranks])
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_changing_the_world_in_mid_epoch_changes_nothing(uninterrupted, topologi
 def test_resuming_anywhere_gives_the_rest_bit_for_bit(uninterrupted, skipped):
     pipeline = make_pipeline()
     _, cursor = take(pipeline, pipeline.start(), ALONE, skipped)
-    cursor = Cursor(**cursor.to_dict())
+    cursor = Cursor.from_dict(json.loads(json.dumps(cursor.to_dict())))
     batches, _ = take(make_pipeline(), cursor, ALONE, 2)
     rows = slice(skipped * GLOBAL_BATCH, (skipped + 2) * GLOBAL_BATCH)
     assert_equal(everything(batches), uninterrupted, rows)
@@ -148,7 +149,7 @@ def test_batches_have_the_promised_shapes_and_labels():
     assert batch.valid.all()
     assert batch.labels.tolist() == SOURCE.labels[batch.ids.numpy()].tolist()
     assert batch.positions.tolist() == list(range(24, 48))
-    assert cursor == Cursor(epoch=0, samples=48, seed=3, index=SOURCE.fingerprint)
+    assert (cursor.epoch, cursor.samples, cursor.index) == (0, 48, SOURCE.fingerprint)
     assert pipeline.steps_per_epoch == STEPS_PER_EPOCH
 
 
