@@ -16,7 +16,8 @@ import uuid
 from importlib import metadata
 from pathlib import Path
 
-from trainer.config import DataConfig, RunConfig, UserError, flatten
+from trainer.config import RunConfig, UserError, flatten
+from trainer.sections import DataConfig
 
 PACKAGES = ("launcher", "trainer", "models", "data")
 CODE = Path(__file__).resolve().parents[1]

@@ -62,10 +62,18 @@ MODULES = {_module(path) for path in FILES}
 # What a package may import of the others. The trainer knows the public side of models and data;
 # launcher.process is how a worker learns its place in the run and reports its end.
 ALLOWED = {
-    "launcher": {"trainer.config", "trainer.recipes"},
+    "launcher": {"trainer.config", "trainer.recipes", "trainer.sections"},
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
-        *("data.base", "data.pipeline", "data.augment", "data.mixing", "data.randomness"),
+        *(
+            "data.base",
+            "data.pipeline",
+            "data.augment",
+            "data.mixing",
+            "data.randomness",
+            "data.order",
+            "data.ledger",
+        ),
     },
     "models": set(),
     "data": set(),
@@ -85,7 +93,7 @@ EXCEPTIONS = {
 
 
 # Of the trainer, what the launcher imports, and what that imports in turn.
-TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.typed_json"}
+TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"}
 
 
 def _allowed(importer: str, imported: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from data.base import Shard
 from tests.trainer.runs import tiny_config
-from trainer.loop import make_pipeline
+from trainer.inputs import make_pipeline
 
 
 def test_what_warping_uncovers_has_the_mean_colour_of_the_data(tmp_path):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from data.base import Shard
 from models.base import Backbone
-from trainer.config import OptimConfig
 from trainer.optim import adamw
+from trainer.sections import OptimConfig
 
 CanonicalState = dict[str, Tensor]
 """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`."""
