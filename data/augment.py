@@ -38,9 +38,12 @@ class AugmentSpec:
     bicubic, or random (one of the two per image). With `dct_scaling` a JPEG may be decoded at a
     fraction of its size where the result is smaller still: faster, and not quite the same pixels.
     What geometric operations uncover gets the colour `mean`, that of pixels scaled to [0, 1].
+    `sizes` are (first epoch, size) pairs that take the place of `size` where it changes on the way
+    (progressive resolution: Tan and Le, arXiv:2104.00298).
     """
 
     size: int = 224
+    sizes: tuple[tuple[int, int], ...] = ()
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
@@ -61,6 +64,11 @@ class AugmentSpec:
         if self.auto_augment is not None:
             parse_policy(self.auto_augment)
 
+    def size_at(self, epoch: int) -> int:
+        """Return the width and height of views in `epoch`, in pixels."""
+        begun = [size for first, size in self.sizes if first <= epoch]
+        return begun[-1] if begun else self.size
+
     def render(
         self,
         samples: Sequence[Sample],
@@ -72,13 +80,13 @@ class AugmentSpec:
     ) -> dict[int, DataError]:
         """Write the training view of each sample to `out` uint8 [n, size, size, 3].
 
-        `keys` int64 [n] are the sample ids, or what tells copies of a sample apart. Returns
-        row -> error of the images that cannot be decoded.
+        The size is `size_at(epoch)`. `keys` int64 [n] are the sample ids, or what tells copies of a
+        sample apart. Returns row -> error of the images that cannot be decoded.
         """
         crops = self._crop_draws(keys, seed=seed, epoch=epoch)
         flips = uniforms(seed, epoch, keys, Purpose.FLIP, count=1)[:, 0] < self.hflip
         colors = self._color_draws(keys, seed=seed, epoch=epoch)
-        geometry = partial(self._geometry, crops)
+        geometry = partial(self._geometry, crops, self.size_at(epoch))
         failures = decode_all(samples, geometry, out, flips=flips.tolist(), reduce=self.dct_scaling)
         if colors is not None:
             for row in range(len(samples)):
@@ -95,13 +103,15 @@ class AugmentSpec:
         rows: list[list[float]] = draws.tolist()
         return rows
 
-    def _geometry(self, crops: list[list[float]], row: int, width: int, height: int) -> Geometry:
+    def _geometry(
+        self, crops: list[list[float]], size: int, row: int, width: int, height: int
+    ) -> Geometry:
         draws, interpolation = crops[row], self.interpolation
         if interpolation == "random":
             interpolation = "bilinear" if draws[-1] < 0.5 else "bicubic"
         areas, ratios = draws[:_CROP_ATTEMPTS], draws[_CROP_ATTEMPTS:-3]
         box = crop_box(areas, ratios, (draws[-3], draws[-2]), (width, height), limits=self.ratio)
-        return Geometry(box, (self.size, self.size), interpolation=interpolation)
+        return Geometry(box, (size, size), interpolation=interpolation)
 
     def _color_draws(
         self, keys: NDArray[np.int64], *, seed: int, epoch: int

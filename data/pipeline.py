@@ -195,7 +195,7 @@ class ImagePipeline:
                 ids=ids,
                 keys=ids + copies * len(self.source),
                 positions=part.positions,
-                size=self.augment.size,
+                size=self.augment.size_at(part.epoch),
                 render=partial(self.augment.render, seed=self.seed, epoch=part.epoch),
                 cursor=cursor,
             )

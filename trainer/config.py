@@ -165,6 +165,13 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
         if not 0 < low <= high:
             yield f"data.{name} is {low} {high}: give two positive numbers, the smaller first"
     try:
+        train.image_sides()
+    except ValueError:
+        yield (
+            f"train.progressive is {train.progressive!r}: give epochs and image sides, from epoch "
+            "0 on, such as 0:128,100:176,200:224"
+        )
+    try:
         config.memory.stages()
     except ValueError:
         yield (

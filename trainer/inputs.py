@@ -31,6 +31,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         )
     augment = AugmentSpec(
         size=config.model.img_size,
+        sizes=config.train.image_sides(),
         scale=data.crop_scale,
         ratio=data.crop_ratio,
         interpolation=data.interpolation,

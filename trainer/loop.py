@@ -63,6 +63,8 @@ class Trainer:
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
+        for _, side in config.train.image_sides():  # a size that does not fit is an error now
+            self._fit(side)
         wrap_blocks(self.bare_model, config.memory)
         synchronise_batch_norm(self.bare_model)
         self.backend: Backend = BACKENDS[config.backend.name](self.device)
@@ -126,6 +128,7 @@ class Trainer:
         for micro in range(accumulate):
             with self.metrics.waiting_for_data():
                 batch, cursor = next(stream)
+            self._fit(batch.images.shape[1])
             last = micro == accumulate - 1
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast():
@@ -139,6 +142,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
+
+    def _fit(self, side: int) -> None:
+        """Set the model for square images of `side` pixels."""
+        if self.bare_model.size != (side, side):
+            self.bare_model.reset_buffers((side, side))
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.train.precision == "bf16"
@@ -200,6 +208,7 @@ class Trainer:
 
     def _accuracy(self) -> dict[str, float] | None:
         data, world_size = self.config.data, dist.get_world_size()
+        self._fit(self.config.model.img_size)
         batches = eval_batches(
             self.val,
             EvalSpec(

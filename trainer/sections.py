@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 
@@ -112,8 +113,26 @@ class TrainConfig:
     """Weight of the squared log-partition function in the loss (PaLM, arXiv 2204.02311)."""
     ema_decay: float = 0.0
     """Decay per step of the weights' moving average; 0 is off."""
+    progressive: str | None = None
+    """Image side by first epoch, such as 0:128,100:176,200:224; unset trains at model.img_size."""
     seed: int = 0
     """Seed of initial weights, order, augmentation and drop path."""
+
+    def image_sides(self) -> tuple[tuple[int, int], ...]:
+        """Return (first epoch, image side) pairs, rising from epoch 0; none if not progressive.
+
+        Raises:
+            ValueError: if `progressive` is not such a list.
+        """
+        if self.progressive is None:
+            return ()
+        if not re.fullmatch(r"0:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", self.progressive):
+            raise ValueError(self.progressive)
+        pairs = [tuple(map(int, item.split(":"))) for item in self.progressive.split(",")]
+        sides = tuple((epoch, side) for epoch, side in pairs)
+        if any(first >= second for (first, _), (second, _) in pairwise(sides)):
+            raise ValueError(self.progressive)
+        return sides
 
 
 @dataclass(frozen=True, kw_only=True)

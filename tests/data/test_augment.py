@@ -76,7 +76,7 @@ def test_crops_are_distributed_like_torchvisions():
     scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
     spec = AugmentSpec(scale=scale, ratio=ratio)
     rows = spec._crop_draws(np.arange(count), seed=0, epoch=0)
-    boxes = np.array([spec._geometry(rows, row, 500, 333).box for row in range(count)])
+    boxes = np.array([spec._geometry(rows, spec.size, row, 500, 333).box for row in range(count)])
     torch.manual_seed(0)
     blank = Image.new("RGB", (500, 333))
     theirs = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])
