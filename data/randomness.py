@@ -32,6 +32,9 @@ class Purpose(IntEnum):
     DROP_PATH = 9
     SYNTHETIC = 10
     PACK = 11
+    GRAYSCALE = 20
+    GAUSSIAN_BLUR = 21
+    SOLARIZE = 22
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -65,7 +65,8 @@ ALLOWED = {
     "launcher": {"trainer.config", "trainer.recipes"},
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
-        *("data.base", "data.pipeline", "data.augment", "data.mixing", "data.randomness"),
+        *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
+        *("data.mixing", "data.randomness"),
     },
     "models": set(),
     "data": set(),

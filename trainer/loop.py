@@ -17,8 +17,10 @@ from torch import Tensor
 
 from data.augment import AugmentSpec, EvalSpec
 from data.base import Batch, Cursor, Source
+from data.color import ColorSpec
 from data.mixing import Mixer, MixSpec, normalize
 from data.pipeline import ImagePipeline, eval_batches, open_source
+from data.policy import keeps_color_jitter
 from data.randomness import drop_noise
 from launcher.process import Process
 from models.layers import micro_batch
@@ -306,7 +308,6 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         interpolation=data.interpolation,
         hflip=data.hflip,
         auto_augment=data.auto_augment,
-        color_jitter=data.color_jitter,
         mean=data.mean,
     )
     return ImagePipeline(
@@ -345,6 +346,7 @@ def open_val(config: RunConfig, *, classes: tuple[str, ...]) -> Source:
 def make_mixer(config: RunConfig) -> Mixer:
     """Return what turns a batch of pixels into network inputs and soft targets."""
     data = config.data
+    jitter = data.color_jitter if keeps_color_jitter(data.auto_augment) else 0.0
     spec = MixSpec(
         num_classes=config.model.num_classes,
         mixup=data.mixup,
@@ -352,6 +354,7 @@ def make_mixer(config: RunConfig) -> Mixer:
         switch_prob=data.mix_switch_prob,
         label_smoothing=config.train.label_smoothing,
         erase_prob=data.erase_prob,
+        color=ColorSpec(color_jitter=jitter),
         mean=data.mean,
         std=data.std,
     )

@@ -1,8 +1,10 @@
 """Pictures for the tests of the data plane."""
 
 import io
+from importlib import resources
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data.base import Sample
@@ -17,6 +19,19 @@ def photograph(width=500, height=375):
     pixels = 128 + 60 * pixels / pixels.std()
     pixels[:, height // 3 : height // 2, width // 4 : width // 2] += 70
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+PHOTOGRAPHS = ("drawn", "china.jpg", "flower.jpg")
+
+
+def named_photograph(name, width=240, height=160):
+    """One of PHOTOGRAPHS: the made-up one, or a real one where scikit-learn brings it along."""
+    if name == "drawn":
+        return photograph(width, height)
+    pytest.importorskip("sklearn", reason="its sample images are the real photographs")
+    file = resources.files("sklearn.datasets") / "images" / name
+    with file.open("rb") as stream:
+        return Image.open(stream).convert("RGB").resize((width, height))
 
 
 def encode(picture, kind, **options):
