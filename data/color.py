@@ -132,53 +132,53 @@ def draw_color(
 
 def apply_color(images: Tensor, params: ColorParams) -> Tensor:
     """Return uint8 [B, H, W, 3] with `params` applied: jitter, greyscale, blur, solarize."""
-    pixels = images.float()
+    pixels = images.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     for taken in params.order.T:
-        pixels = _jitter(pixels, taken, params.factors)
+        _jitter(pixels, taken, params.factors)
     if params.gray.any():
-        removed = np.where(params.gray, 0.0, 1.0)
-        pixels = _blend(pixels, removed, np.full(len(removed), SATURATION))
+        kept = np.where(params.gray, 0.0, 1.0)
+        _blend(pixels, kept, np.full(len(kept), SATURATION))
     rows = np.flatnonzero(params.sigma)
     if len(rows):
         index = to_device(rows, images.device)
-        blurred = _blur(pixels.index_select(0, index), params.sigma[rows])
-        pixels.index_copy_(0, index, blurred)
-    levels = pixels.round_().to(torch.uint8)
+        pixels.index_copy_(1, index, _blur(pixels.index_select(1, index), params.sigma[rows]))
+    levels = pixels.round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
     if params.solarized.any():
         chosen = to_device(params.solarized, images.device)[:, None, None, None]
         levels = torch.where(chosen & (levels >= _SOLARIZE_FROM), 255 - levels, levels)
     return levels
 
 
-def _jitter(pixels: Tensor, taken: NDArray[np.int64], factors: NDArray[np.float64]) -> Tensor:
-    """Apply to each image the operation that it takes now, `taken` [B]."""
+# From here on, `pixels` are float32 [3, B, H, W], levels of 0 to 255: a plane a channel.
+
+
+def _jitter(pixels: Tensor, taken: NDArray[np.int64], factors: NDArray[np.float64]) -> None:
+    """Apply to each image the operation that it takes now, `taken` [B], in place."""
     chosen = np.take_along_axis(factors, taken[:, None], 1)[:, 0]
     scales = np.where(taken == HUE, 1.0, chosen)
     if (scales != 1).any():
-        pixels = _blend(pixels, scales, taken)
+        _blend(pixels, scales, taken)
     rows = np.flatnonzero((taken == HUE) & (chosen != 0))
     if len(rows):
         index = to_device(rows, pixels.device)
-        turned = _turn_hue(pixels.index_select(0, index), chosen[rows])
-        pixels.index_copy_(0, index, turned)
-    return pixels
+        pixels.index_copy_(1, index, _turn_hue(pixels.index_select(1, index), chosen[rows]))
 
 
-def _blend(pixels: Tensor, factor: NDArray[np.float64], taken: NDArray[np.int64]) -> Tensor:
-    """Return factor · pixels + (1 - factor) · what the operation `taken` would fade to.
+def _blend(pixels: Tensor, factor: NDArray[np.float64], taken: NDArray[np.int64]) -> None:
+    """Make it factor · pixels + (1 - factor) · what the operation `taken` would fade to.
 
     That is black for brightness, the image's mean grey for contrast, and its grey for saturation.
     """
     table = [factor, (1 - factor) * (taken == CONTRAST), (1 - factor) * (taken == SATURATION)]
-    columns = to_device(np.stack(table, axis=0).astype(np.float32), pixels.device)
+    columns = to_device(np.stack(table).astype(np.float32), pixels.device)
     scale, of_mean, of_gray = columns[..., None, None].unbind()
     gray = _luma(pixels)
     added = of_mean * _mean(gray)[:, None, None] + of_gray * gray
-    return (scale[..., None] * pixels + added[..., None]).clamp_(0, 255)
+    pixels.mul_(scale).add_(added).clamp_(0, 255)
 
 
 def _luma(pixels: Tensor) -> Tensor:
-    red, green, blue = pixels.unbind(-1)
+    red, green, blue = pixels.unbind()
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
@@ -190,27 +190,29 @@ def _mean(gray: Tensor) -> Tensor:
 
 
 def _turn_hue(pixels: Tensor, turns: NDArray[np.float64]) -> Tensor:
-    """Return float32 [n, H, W, 3] with hues moved by so many `turns` [n] of the colour circle."""
-    red, green, blue = pixels.unbind(-1)
+    """Return `pixels` with hues moved by so many `turns` [B] of the colour circle.
+
+    A channel is at its height in two of the hexagon's six sectors, at its depth in two, and on a
+    straight line between them.
+    """
+    red, green, blue = pixels.unbind()
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
     width = torch.where(chroma > 0, chroma, 1.0)  # grey has no hue, and keeps its zero chroma
-    sector = torch.where(
-        high == red,
-        (green - blue) / width,
-        torch.where(high == green, 2 + (blue - red) / width, 4 + (red - green) / width),
-    )
-    moved = to_device((6 * turns).astype(np.float32), pixels.device)[:, None, None] + sector
-    channels = []
-    for offset in (5, 3, 1):  # where on the hexagon of six sectors the channel is at its height
-        place = (moved + offset).remainder_(6)
-        channels.append(high - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
-    return torch.stack(channels, dim=-1)
+    hue = torch.where(high == green, 2 + (blue - red) / width, 4 + (red - green) / width)
+    hue = torch.where(high == red, (green - blue) / width, hue)
+    hue += to_device((6 * turns).astype(np.float32), pixels.device)[:, None, None]
+    turned = torch.empty_like(pixels)
+    for channel, middle in enumerate((0, 2, 4)):
+        away = hue - middle
+        away = (away - 6 * (away / 6).round_()).abs_()  # from the middle, the shorter way round
+        turned[channel] = high - chroma * away.sub_(1).clamp_(0, 1)
+    return turned
 
 
 def _blur(pixels: Tensor, sigma: NDArray[np.float64]) -> Tensor:
-    """Return float32 [n, H, W, 3] blurred by Gaussians of deviation `sigma` [n], in both ways."""
-    for dim in (1, 2):
+    """Return `pixels` blurred by Gaussians of deviation `sigma` [B], downwards and across."""
+    for dim in (2, 3):
         pixels = _blur_along(pixels, sigma, dim)
     return pixels
 
@@ -224,7 +226,7 @@ def _blur_along(pixels: Tensor, sigma: NDArray[np.float64], dim: int) -> Tensor:
     reach = min(_REACH, side - 1)
     kernel = np.exp(-0.5 * (np.arange(reach + 1) / sigma[:, None]) ** 2)
     kernel /= 2 * kernel.sum(axis=1, keepdims=True) - 1  # both sides, with the middle once
-    weights = to_device(kernel.T.astype(np.float32), pixels.device)[..., None, None, None]
+    weights = to_device(kernel.T.astype(np.float32), pixels.device)[..., None, None]
     places = np.abs(np.arange(-reach, side + reach))
     places = np.where(places < side, places, 2 * (side - 1) - places)
     wide = pixels.index_select(dim, to_device(places, pixels.device))
@@ -232,5 +234,5 @@ def _blur_along(pixels: Tensor, sigma: NDArray[np.float64], dim: int) -> Tensor:
     for step in range(1, reach + 1):
         before = wide.narrow(dim, reach - step, side)
         after = wide.narrow(dim, reach + step, side)
-        blurred += weights[step] * (before + after)
+        blurred += (before + after).mul_(weights[step])
     return blurred

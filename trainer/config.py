@@ -74,9 +74,9 @@ class DataConfig:
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     auto_augment: str | None = None
-    """RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1."""
+    """Policy in timm's notation: rand-m9-mstd0.5-inc1, original, v0r, 3a, augmix-m3 and so on."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength of brightness, contrast and saturation jitter; of policies, 3a alone keeps it."""
     repeats: int = 1
     """Differently augmented copies of an image in an epoch that shows 1/repeats of the images."""
     mixup: float = 0.0

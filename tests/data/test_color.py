@@ -168,6 +168,18 @@ def test_an_image_becomes_the_same_in_every_batch():
         assert torch.equal(part, together[rows])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m gpu")
+def test_a_gpu_gives_the_same_colours_in_every_batch():
+    images, positions = noise(64), np.arange(64)
+    expected = recolor(images, EVERYTHING, positions, seed=3, epoch=2)
+    together = recolor(images.cuda(), EVERYTHING, positions, seed=3, epoch=2)
+    assert (together.cpu() == expected).float().mean() > 0.99
+    rows = list(range(17, 40))
+    part = recolor(images[rows].cuda(), EVERYTHING, positions[rows], seed=3, epoch=2)
+    assert torch.equal(part, together[rows])
+
+
 def test_seed_epoch_and_position_change_the_colours():
     images, positions = noise(32), np.arange(32)
     base = recolor(images, EVERYTHING, positions, seed=0, epoch=0)
