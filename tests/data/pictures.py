@@ -2,9 +2,9 @@
 
 import io
 from importlib import resources
+from importlib.util import find_spec
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from data.base import Sample
@@ -21,14 +21,14 @@ def photograph(width=500, height=375):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-PHOTOGRAPHS = ("drawn", "china.jpg", "flower.jpg")
+# A made-up photograph, and real ones where scikit-learn, which brings them along, is installed.
+PHOTOGRAPHS = ("drawn", *(("china.jpg", "flower.jpg") if find_spec("sklearn") else ()))
 
 
 def named_photograph(name, width=240, height=160):
-    """One of PHOTOGRAPHS: the made-up one, or a real one where scikit-learn brings it along."""
+    """One of PHOTOGRAPHS."""
     if name == "drawn":
         return photograph(width, height)
-    pytest.importorskip("sklearn", reason="its sample images are the real photographs")
     file = resources.files("sklearn.datasets") / "images" / name
     with file.open("rb") as stream:
         return Image.open(stream).convert("RGB").resize((width, height))

@@ -12,7 +12,7 @@ from data.color import ColorSpec, recolor
 from data.policy import keeps_color_jitter
 from tests.data.pictures import as_samples, encode, photograph
 
-COUNT, SIZE = 400, 32
+COUNT, SIZE = 600, 32
 JITTER = (0.3, 0.3, 0.3, 0.05)
 SETTINGS = [
     (None, "random"),
@@ -24,6 +24,15 @@ SETTINGS = [
     ("3a", "bicubic"),
     ("augmix-m5", "random"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny operations: more threads would wait for one another most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def our_views(policy, interpolation):
@@ -70,7 +79,6 @@ def measures(views):
     yield "left", (views[:, :, : SIZE // 2] - views[:, :, SIZE // 2 :]).mean(axis=(1, 2, 3))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "interpolation"), SETTINGS)
 def test_views_are_distributed_like_timms(policy, interpolation):
     """Kolmogorov and Smirnov's distance of each measure."""
