@@ -65,15 +65,8 @@ ALLOWED = {
     "launcher": {"trainer.config", "trainer.recipes", "trainer.sections"},
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
-        *(
-            "data.base",
-            "data.pipeline",
-            "data.augment",
-            "data.mixing",
-            "data.randomness",
-            "data.order",
-            "data.ledger",
-        ),
+        *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
+        *("data.mixing", "data.randomness", "data.order", "data.ledger"),
     },
     "models": set(),
     "data": set(),

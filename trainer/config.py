@@ -110,6 +110,8 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob", "data.max_bad",
+    "data.color_jitter_prob", "data.grayscale_prob", "data.gaussian_blur_prob",
+    "data.solarize_prob",
     "train.label_smoothing", "train.ema_decay", "eval.crop_pct",
 )  # fmt: skip
 
@@ -154,6 +156,8 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas is {optim.betas}: both must be at least 0 and below 1"
+    if not 0 <= data.hue_jitter <= 0.5:
+        yield f"data.hue_jitter is {data.hue_jitter}: it must lie in 0..0.5, half the circle"
     if not all(deviation > 0 for deviation in data.std):
         yield f"data.std is {data.std}: deviations must be above 0"
     if train.batch_size % (data.mix_group * train.accumulate):

@@ -8,11 +8,14 @@ import torch
 
 from data.augment import AugmentSpec
 from data.base import Source
+from data.color import ColorSpec
 from data.mixing import Mixer, MixSpec
 from data.order import FullShuffle, Shuffle, stream_shuffle
 from data.pipeline import ImagePipeline, open_source
+from data.policy import keeps_color_jitter
 
 from .config import RunConfig, UserError
+from .sections import DataConfig
 
 
 def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
@@ -38,7 +41,6 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         dct_scaling=data.dct_scaling,
         hflip=data.hflip,
         auto_augment=data.auto_augment,
-        color_jitter=data.color_jitter,
         mean=data.mean,
     )
     return ImagePipeline(
@@ -99,7 +101,22 @@ def make_mixer(config: RunConfig) -> Mixer:
         switch_prob=data.mix_switch_prob,
         label_smoothing=config.train.label_smoothing,
         erase_prob=data.erase_prob,
+        color=_color(data),
         mean=data.mean,
         std=data.std,
     )
     return Mixer(spec, seed=config.train.seed)
+
+
+def _color(data: DataConfig) -> ColorSpec:
+    """Return what happens to colours on the device; most policies leave no jitter beside them."""
+    strength, hue = data.color_jitter, data.hue_jitter
+    if not keeps_color_jitter(data.auto_augment):
+        strength = hue = 0.0
+    return ColorSpec(
+        color_jitter=(strength, strength, strength, hue),
+        color_jitter_prob=data.color_jitter_prob,
+        grayscale_prob=data.grayscale_prob,
+        gaussian_blur_prob=data.gaussian_blur_prob,
+        solarize_prob=data.solarize_prob,
+    )

@@ -71,9 +71,19 @@ class DataConfig:
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     auto_augment: str | None = None
-    """RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1."""
+    """Policy in timm's notation: rand-m9-mstd0.5-inc1, original, v0r, 3a, augmix-m3 and so on."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength of brightness, contrast and saturation jitter; of policies, 3a alone keeps it."""
+    hue_jitter: float = 0.0
+    """Strength of hue jitter, as a share of the circle; goes with color_jitter."""
+    color_jitter_prob: float = 1.0
+    """Probability of colour jitter."""
+    grayscale_prob: float = 0.0
+    """Probability of turning an image grey."""
+    gaussian_blur_prob: float = 0.0
+    """Probability of a Gaussian blur."""
+    solarize_prob: float = 0.0
+    """Probability of inverting what is brighter than half."""
     repeats: int = 1
     """Differently augmented copies of an image in an epoch that shows 1/repeats of the images."""
     mixup: float = 0.0

@@ -1,6 +1,8 @@
 """Pictures for the tests of the data plane."""
 
 import io
+from importlib import resources
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,19 @@ def photograph(width=500, height=375):
     pixels = 128 + 60 * pixels / pixels.std()
     pixels[:, height // 3 : height // 2, width // 4 : width // 2] += 70
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+# A made-up photograph, and real ones where scikit-learn, which brings them along, is installed.
+PHOTOGRAPHS = ("drawn", *(("china.jpg", "flower.jpg") if find_spec("sklearn") else ()))
+
+
+def named_photograph(name, width=240, height=160):
+    """One of PHOTOGRAPHS."""
+    if name == "drawn":
+        return photograph(width, height)
+    file = resources.files("sklearn.datasets") / "images" / name
+    with file.open("rb") as stream:
+        return Image.open(stream).convert("RGB").resize((width, height))
 
 
 def encode(picture, kind, **options):
