@@ -31,6 +31,7 @@ def make_batch(first=0, size=64, *, height=12, width=10, epoch=3):
         images=images.to(torch.uint8),
         labels=torch.randint(0, 7, (size,), generator=generator),
         ids=positions.clone(),
+        planned=positions.clone(),
         positions=positions,
         valid=torch.ones(size, dtype=torch.bool),
         epoch=epoch,
@@ -135,7 +136,7 @@ def test_a_share_of_the_batch_is_mixed_as_in_the_whole(world_size):
         part = Batch(
             **{
                 name: getattr(batch, name)[rows]
-                for name in ("images", "labels", "ids", "positions", "valid")
+                for name in ("images", "labels", "ids", "planned", "positions", "valid")
             },
             epoch=batch.epoch,
         )
