@@ -1,8 +1,7 @@
 """Pictures for the tests of the data plane."""
 
 import io
-from importlib import resources
-from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,17 +20,15 @@ def photograph(width=500, height=375):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-# A made-up photograph, and real ones where scikit-learn, which brings them along, is installed.
-PHOTOGRAPHS = ("drawn", *(("china.jpg", "flower.jpg") if find_spec("sklearn") else ()))
+FOLDER = Path(__file__).parent / "photos"
+PHOTOGRAPHS = ("drawn", "seeding.jpg", "fruits.jpg")  # made up, and real ones
 
 
 def named_photograph(name, width=240, height=160):
     """One of PHOTOGRAPHS."""
     if name == "drawn":
         return photograph(width, height)
-    file = resources.files("sklearn.datasets") / "images" / name
-    with file.open("rb") as stream:
-        return Image.open(stream).convert("RGB").resize((width, height))
+    return Image.open(FOLDER / name).convert("RGB").resize((width, height))
 
 
 def encode(picture, kind, **options):
