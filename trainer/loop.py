@@ -262,10 +262,12 @@ class Trainer:
         """Prove that the epoch that ended showed each image once."""
         cursor = self._settled_cursor()
         self.pipeline.check_epoch(cursor)
-        names = [self.pipeline.source.name(id) for id in cursor.quarantine]
-        shown = cursor.audit.count
         self.metrics.event(
-            "audit", self.state.step, epoch=cursor.epoch - 1, shown=shown, replaced=names
+            "audit",
+            self.state.step,
+            epoch=cursor.epoch - 1,
+            shown=cursor.audit.count,
+            quarantined=len(cursor.quarantine),
         )
 
     def _kept_best(self) -> int | None:
