@@ -27,14 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # This file's own folder would otherwise hide packages of the same names.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import simplejpeg
 import torch
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.rounds import Pass, measure, report, skipped
+from benchmarks.rounds import Pass, full_decode, measure, report, skipped
 from benchmarks.tiles import FOLDER, Tile, load
 from data.augment import AugmentSpec
 from data.base import Shard
@@ -178,16 +177,9 @@ def main() -> None:
     pack_folder(files, shards, samples_per_shard=100, progress=lambda _: None)
     setup = Setup(files, shards, arguments.batch)
     images = [(files / tile.file).read_bytes() for tile in tiles]
-
-    def reference(index: int) -> int:
-        del index
-        for image in images:
-            simplejpeg.decode_jpeg(image)
-        return len(images)
-
     methods = prepare(setup, arguments.only)
     load_before = os.getloadavg()
-    report(measure(methods, reference, arguments.rounds), OURS, "simplejpeg")
+    report(measure(methods, full_decode(images), arguments.rounds), OURS)
     print(json.dumps({"load_average": [load_before[0], os.getloadavg()[0]]}))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 Pass = Callable[[int], int]  # does the work of a round and returns how many images that were
@@ -37,7 +37,23 @@ def measure(methods: Mapping[str, Pass], reference: Pass, rounds: int) -> Spent:
     return spent
 
 
-def report(spent: Spent, ours: Mapping[str, str], reference: str) -> None:
+def full_decode(images: Sequence[bytes]) -> Pass:
+    """Return the yardstick: whole files decoded by libjpeg-turbo, and nothing else."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError as error:
+        raise SystemExit(f"{error}: `pip install simplejpeg`, the yardstick") from error
+
+    def run(index: int) -> int:
+        del index
+        for image in images:
+            decode_jpeg(image)
+        return len(images)
+
+    return run
+
+
+def report(spent: Spent, ours: Mapping[str, str]) -> None:
     """Print a JSON line for each method, and how many times faster ours are than the others.
 
     `ours` maps the methods that are ours to their names in the second kind of lines.
@@ -47,7 +63,7 @@ def report(spent: Spent, ours: Mapping[str, str], reference: str) -> None:
         row = {
             "name": name,
             "cpu_ms": round(1000 * median(seconds for seconds, _ in passes), 3),
-            f"ratio_to_{reference}": round(median(ratios), 3),
+            "ratio_to_simplejpeg": round(median(ratios), 3),
             "spread": _spread(ratios),
         }
         print(json.dumps(row), flush=True)
