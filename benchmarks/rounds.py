@@ -67,8 +67,9 @@ def report(spent: Spent, ours: Mapping[str, str]) -> None:
             "spread": _spread(ratios),
         }
         print(json.dumps(row), flush=True)
+    rivals = [name for name in spent if name not in ours]
     for name, short in ours.items():
-        for rival in spent.keys() - ours.keys():
+        for rival in rivals:
             pairs = zip(spent[rival], spent[name], strict=True)
             times = [theirs / own for (_, theirs), (_, own) in pairs]
             row = {"ours": short, "rival": rival, "times_faster": round(median(times), 2)}
