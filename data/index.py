@@ -89,16 +89,25 @@ class Manifest:
         """Read `folder`/manifest.json; raises DataError if it is missing or not one."""
         path = folder / MANIFEST
         try:
-            fields = json.loads(path.read_text())
+            return cls.parse(path.read_bytes(), str(folder))
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing; {_rebuild(folder)}") from error
+        except OSError as error:
+            raise DataError(f"{path} is unreadable ({error!r}); {_rebuild(folder)}") from error
+
+    @classmethod
+    def parse(cls, content: bytes, folder: str) -> Manifest:
+        """Read the manifest of `folder`, a path or a URL; raises DataError if it is not one."""
+        path = f"{folder}/{MANIFEST}"
+        try:
+            fields = json.loads(content)
             if fields["format"] != _FORMAT:
                 raise DataError(
                     f"{path}: format {fields['format']} is not {_FORMAT}; {_rebuild(folder)}"
                 )
             shards = tuple(ShardInfo(**shard) for shard in fields["shards"])
             return cls(shards=shards, classes=tuple(fields["classes"]))
-        except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; {_rebuild(folder)}") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path} is unreadable ({error!r}); {_rebuild(folder)}") from error
 
 
@@ -166,13 +175,34 @@ def check_shard(folder: Path, shard: ShardInfo) -> Columns:
         raise DataError(
             f"{path} is {fault}: {found} bytes instead of {shard.num_bytes}; {_restore(folder)}"
         )
-    index = path.with_suffix(".idx")
+    index = folder / index_name(shard)
     if not index.is_file():
         raise DataError(f"{index} is missing; {_rebuild(folder)}")
-    content = index.read_bytes()
+    return read_columns(index.read_bytes(), shard, str(folder))
+
+
+def read_columns(content: bytes, shard: ShardInfo, folder: str) -> Columns:
+    """Return the columns in the index of a shard of `folder`, a path or a URL.
+
+    Raises DataError if it is not the one that the manifest means.
+    """
+    index = f"{folder}/{index_name(shard)}"
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
         raise DataError(f"{index} does not belong to the manifest; {_rebuild(folder)}")
-    return _parse_index(index, content)
+    header = np.frombuffer(content, _HEADER, count=1)[0] if len(content) >= 32 else None
+    if header is None or header["magic"] != _MAGIC or header["format"] != _FORMAT:
+        raise DataError(f"{index} is not an index of format {_FORMAT}; {_rebuild(folder)}")
+    num_samples, start = int(header["num_samples"]), _HEADER.itemsize
+    columns: Columns = {}
+    for name, dtype in _COLUMNS:
+        columns[name] = np.frombuffer(content, dtype, num_samples, start)
+        start += columns[name].nbytes
+    return columns
+
+
+def index_name(shard: ShardInfo) -> str:
+    """Return the name of the index beside a shard."""
+    return PurePosixPath(shard.name).with_suffix(".idx").name
 
 
 def scan(path: Path) -> Columns:
@@ -254,19 +284,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     beside.replace(path)
 
 
-def _parse_index(path: Path, content: bytes) -> Columns:
-    """Return the columns in the bytes of an `.idx` file; raises DataError if they are not one."""
-    header = np.frombuffer(content, _HEADER, count=1)[0] if len(content) >= 32 else None
-    if header is None or header["magic"] != _MAGIC or header["format"] != _FORMAT:
-        raise DataError(f"{path} is not an index of format {_FORMAT}; {_rebuild(path.parent)}")
-    num_samples, start = int(header["num_samples"]), _HEADER.itemsize
-    columns: Columns = {}
-    for name, dtype in _COLUMNS:
-        columns[name] = np.frombuffer(content, dtype, num_samples, start)
-        start += columns[name].nbytes
-    return columns
-
-
 def member_name(block: bytes) -> str:
     """Return the name in the 512-byte tar header that precedes a member's data."""
     return block[:100].split(b"\0")[0].decode(errors="replace")
@@ -330,7 +347,7 @@ def _entropy_bits(labels: NDArray[np.int32]) -> float:
     return -math.fsum(share * math.log2(share) for share in shares.tolist())
 
 
-def _rebuild(folder: Path) -> str:
+def _rebuild(folder: Path | str) -> str:
     return f"run `foveate data index {folder}`"
 
 
