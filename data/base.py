@@ -157,6 +157,10 @@ class Source(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what was begun ahead of reading."""
+        ...
+
     def name(self, id: int) -> str:
         """Where sample `id` lives, for messages: a file, or a shard and the member in it."""
         ...

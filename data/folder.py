@@ -32,6 +32,9 @@ class _AtHand(Sized):
     def prefetch(self, ids: Sequence[int]) -> None:
         """Nothing needs to be fetched."""
 
+    def close(self) -> None:
+        """Nothing was begun."""
+
 
 class FolderSource(_AtHand):
     """The `Source` over `folder`/CLASS/**/IMAGE, as ImageNet is laid out.

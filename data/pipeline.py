@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.augment import AugmentSpec, EvalSpec
 from data.base import Audit, Batch, Cursor, DataError, Shard, Source
@@ -28,15 +29,22 @@ _LISTED = 10  # bad samples that a message names
 _FORESIGHT = 8  # times a window that the source is told what comes next
 
 
-def open_source(kind: str, path: str | Path) -> Source:
+def open_source(
+    kind: str,
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int | None = None,
+) -> Source:
     """Open the data set at `path`; `kind` is webdataset, folder or synthetic.
 
-    For a synthetic set the path spells its parameters: `num_samples=256,num_classes=10,size=32`,
-    each optional. Raises DataError for an unknown kind and for anything wrong with the data.
+    Shards at a URL are kept in `cache_dir`, if given, as far as `cache_bytes` allows. For a
+    synthetic set the path spells its parameters: `num_samples=256,num_classes=10,size=32`, each
+    optional. Raises DataError for an unknown kind and for anything wrong with the data.
     """
     match kind:
         case "webdataset":
-            return TarSource(path)
+            return TarSource(path, cache_dir, cache_bytes)
         case "folder":
             return FolderSource(path)
         case "synthetic":
@@ -165,8 +173,12 @@ class ImagePipeline:
         self._loader.quarantine = set(start.quarantine)
         epoch = start.epoch
         shown = start.audit if shard.rank == 0 and start.samples > 0 else Audit()
+        part = self.schedule.take(start, shard)
+        foretold = self._foretell(part.epoch, part.positions, shard, foretold=None)
         with closing(self._loader.stream(self._plans(start, shard))) as stream:
             for batch, cursor in stream:
+                positions = batch.positions.numpy()
+                foretold = self._foretell(batch.epoch, positions, shard, foretold=foretold)
                 shown = shown if batch.epoch == epoch else Audit()
                 epoch = batch.epoch
                 shown = add(shown, audit(batch.planned.numpy()))
@@ -186,15 +198,9 @@ class ImagePipeline:
             )
 
     def _plans(self, cursor: Cursor, shard: Shard) -> Iterator[Plan]:
-        foretold = None
         while True:
             part = self.schedule.take(cursor, shard)
             cursor = part.cursor
-            place = int(part.positions[0]) // max(1, self._shuffle.lanes)
-            now = part.epoch, place // max(1, self._shuffle.window // _FORESIGHT)
-            if now != foretold:
-                foretold = now
-                self._foretell(part.epoch, place, shard)
             ids = self._order.ids(part.epoch, part.positions)
             copies = self._order.copies(part.positions)
             yield Plan(
@@ -207,12 +213,26 @@ class ImagePipeline:
                 cursor=cursor,
             )
 
-    def _foretell(self, epoch: int, place: int, shard: Shard) -> None:
-        """Tell the source when this machine's ranks next read each shard."""
-        first = shard.rank if shard.first_here is None else shard.first_here
-        lanes = self.schedule.lanes_of(first, shard.ranks_here, shard.world_size)
-        next_use = self._shuffle.next_use(epoch, place, lanes)
-        self.source.expect(np.broadcast_to(next_use, self.source.shard_sizes.shape))
+    def _foretell(
+        self,
+        epoch: int,
+        positions: NDArray[np.int64],
+        shard: Shard,
+        *,
+        foretold: tuple[int, int] | None,
+    ) -> tuple[int, int]:
+        """Tell the source when this machine's ranks next read each shard, some times a window.
+
+        `foretold` is what this returned when it was last called.
+        """
+        place = int(positions[0]) // max(1, self._shuffle.lanes)
+        now = epoch, place // max(1, self._shuffle.window // _FORESIGHT)
+        if now != foretold:
+            first = shard.rank if shard.first_here is None else shard.first_here
+            lanes = self.schedule.lanes_of(first, shard.ranks_here, shard.world_size)
+            next_use = self._shuffle.next_use(epoch, place, lanes)
+            self.source.expect(np.broadcast_to(next_use, self.source.shard_sizes.shape))
+        return now
 
 
 def _describe_order(cursor: Cursor) -> str:

@@ -28,6 +28,7 @@ CODE = Path(__file__).resolve().parents[1]
 _FREE = (
     "run_dir", "backend.", "memory.", "log.", "checkpoint.", "eval.every_epochs", "eval.batch_size",
     "data.source", "data.train", "data.val", "data.allow_unmixed", "data.max_bad",
+    "data.cache_dir", "data.cache_gb",
     "data.num_workers", "data.prefetch", "train.accumulate",
 )  # fmt: skip
 
@@ -64,6 +65,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _absolute_data(data: DataConfig) -> DataConfig:
+    if data.cache_dir is not None:
+        data = dataclasses.replace(data, cache_dir=os.path.abspath(data.cache_dir))
     if data.source == "synthetic":
         return data
     train, val = (p if "://" in p else os.path.abspath(p) for p in (data.train, data.val))

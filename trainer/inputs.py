@@ -26,7 +26,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
         DataError: if it cannot be opened or is smaller than a batch.
     """
     data = config.data
-    source = open_source(data.source, data.train)
+    source = _open(data, data.train)
     if len(source.classes) != config.model.num_classes:
         raise UserError(
             f"{data.train} has {len(source.classes)} classes but model.num_classes is "
@@ -59,6 +59,11 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
     )
 
 
+def _open(data: DataConfig, path: str) -> Source:
+    cache_bytes = None if data.cache_gb is None else int(1e9 * data.cache_gb)
+    return open_source(data.source, path, cache_dir=data.cache_dir, cache_bytes=cache_bytes)
+
+
 def _shuffle(config: RunConfig, source: Source) -> Shuffle:
     data, seed = config.data, config.train.seed
     if data.order == "full":
@@ -80,7 +85,7 @@ def open_val(config: RunConfig, *, classes: tuple[str, ...]) -> Source:
         DataError: if it cannot be opened.
     """
     data = config.data
-    val = open_source(data.source, data.val)
+    val = _open(data, data.val)
     if val.classes != classes:
         pairs = zip_longest(classes, val.classes, fillvalue="missing")
         label, (ours, its) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])

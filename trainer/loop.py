@@ -100,6 +100,9 @@ class Trainer:
             with suppress(OSError):  # the disk may be what gave out
                 self.metrics.close()
             raise
+        finally:
+            self.pipeline.source.close()
+            self.val.close()
 
     def _train(self) -> bool:
         self._announce()

@@ -43,9 +43,13 @@ class DataConfig:
     source: Literal["webdataset", "folder", "synthetic"] = "webdataset"
     """Storage: indexed tar shards, one folder per class, or generated images."""
     train: str = "datasets/imagenet/train"
-    """Folder of the training split; synthetic takes num_samples=256,num_classes=10,size=32."""
+    """Folder or URL of the training split; synthetic: num_samples=256,num_classes=10,size=32."""
     val: str = "datasets/imagenet/val"
-    """Folder of the evaluation split; synthetic as above."""
+    """Folder or URL of the evaluation split; synthetic as above."""
+    cache_dir: str | None = None
+    """Folder, one per machine, in which shards of URLs are kept; unset requests single images."""
+    cache_gb: float | None = None
+    """How much it may hold of each split, in 10^9 bytes; unset leaves it to the disk."""
     order: Literal["full", "stream"] = "full"
     """Shuffle of all images, or shard by shard in lanes: for data that is far away."""
     lanes: int = 64

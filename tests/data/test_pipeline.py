@@ -237,7 +237,7 @@ def test_evaluation_left_early_ends_the_threads():
 
 @pytest.mark.parametrize(("rank", "num_lanes"), [(0, 4), (1, 2)])
 def test_a_source_is_told_when_each_shard_is_next_read(rank, num_lanes):
-    """Of all lanes that the ranks of a machine read, before each batch that may need it."""
+    """Of all lanes that the ranks of a machine read, as the trainer takes the batches."""
     told, sizes = [], np.full(10, 50, np.int64)
 
     class Listening(SyntheticSource):
@@ -254,7 +254,7 @@ def test_a_source_is_told_when_each_shard_is_next_read(rank, num_lanes):
     lanes = range(4) if num_lanes == 4 else range(2, 4)
     for step in range(2 * STEPS_PER_EPOCH):
         next(stream)
-        epoch, batch = divmod(step + 1, STEPS_PER_EPOCH)  # the one that is planned ahead
+        epoch, batch = divmod(step, STEPS_PER_EPOCH)
         place = batch * GLOBAL_BATCH // 4
         assert np.array_equal(told[-1], shuffle.next_use(epoch, place, lanes))
     stream.close()
