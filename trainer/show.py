@@ -19,7 +19,7 @@ from .inputs import make_mixer, make_pipeline
 _LEAST_SIDE = 112  # pixels; smaller pictures are enlarged by a whole factor
 _CAPTION = 14
 _GAP = 6
-_SHARE = 0.05  # targets below this are left out of a caption
+_SHARE = 0.06  # targets below this are left out of a caption
 
 
 def draw_contact_sheet(config: RunConfig, *, count: int, epoch: int) -> Image.Image:
