@@ -1,7 +1,8 @@
-"""Random access to samples in indexed tar shards (the WebDataset layout).
+"""Random access to samples in indexed shards: tars in the WebDataset layout, and .beton files.
 
 Owns the open files of the shards. Invariant: sample ids number the samples shard after shard in
-the manifest's order, and a sample whose bytes do not match their CRC is never returned.
+the manifest's order, and a sample whose bytes do not match their CRC, where the index has one, is
+never returned.
 Files are read, not memory-mapped: a map keeps a descriptor for ever, lets nobody else run while a
 page comes in, and kills the process when a file shrinks.
 """
@@ -20,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base import BadSample, DataError, Sample
-from data.index import Columns, Manifest, ShardInfo, check_shard, member_name
+from data.columns import Columns, Flag
+from data.index import Manifest, ShardInfo, check_shard
 from data.regions import Regions
+from data.tar import member_name
 
 
 class TarSource:
-    """The `Source` over a folder of tar shards with their manifest.
+    """The `Source` over a folder of tar or .beton shards with their manifest.
 
     Opening checks the size of every shard and the hash of every index; reading checks the
     sample's CRC. Shards are opened when first read, and kept open as far as the process's limit
@@ -38,13 +41,17 @@ class TarSource:
         self._shards = manifest.shards
         self._columns: list[Columns] = [check_shard(self._folder, s) for s in manifest.shards]
         self._open = lru_cache(maxsize=_max_open_shards())(partial(_ShardFile, self._folder))
-        self.shard_sizes = np.array([shard.num_samples for shard in manifest.shards], np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
+        self.shard_sizes = manifest.shard_sizes
+        self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
         self.fingerprint = manifest.fingerprint
         self.classes = manifest.classes
         self.labels: NDArray[np.int64] = np.concatenate(
             [columns["label"] for columns in self._columns]
         ).astype(np.int64)
+
+    def __reduce__(self) -> tuple[type[TarSource], tuple[Path]]:
+        """Open it again where it is sent: open files cannot be."""
+        return TarSource, (self._folder,)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -61,19 +68,24 @@ class TarSource:
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         offset = int(columns["offset"][row])
         image = self._read(shard, offset, int(columns["size"][row]))
-        if zlib.crc32(image) != crc32:
+        label, flags = int(columns["label"][row]), Flag(int(columns["flags"][row]))
+        if Flag.NO_CRC not in flags and zlib.crc32(image) != crc32:
             raise BadSample(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
                 f"`foveate data index {self._folder}`"
             )
+        if Flag.RAW in flags:
+            shape = (int(columns["height"][row]), int(columns["width"][row]), 3)
+            return Sample(id=id, image=np.frombuffer(image, np.uint8).reshape(shape), label=label)
         regions = self._open(self._shards[shard]).read_regions(row, crc32)
-        return Sample(id=id, image=image, label=int(columns["label"][row]), regions=regions)
+        return Sample(id=id, image=image, label=label, regions=regions)
 
     def name(self, id: int) -> str:
-        """Return `SHARD:MEMBER (sample id)`."""
+        """Return `SHARD:MEMBER (sample id)`, where the member of a .beton is its number in it."""
         shard, row = self._locate(id)
-        offset = int(self._columns[shard]["offset"][row])
-        member = member_name(self._read(shard, offset - 512, 512))
+        offset, member = int(self._columns[shard]["offset"][row]), str(row)
+        if self._shards[shard].name.endswith(".tar"):
+            member = member_name(self._read(shard, offset - 512, 512))
         return f"{self._folder / self._shards[shard].name}:{member} (sample {id})"
 
     def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
