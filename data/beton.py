@@ -33,9 +33,10 @@ _HEADER = np.dtype(
 _FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 _IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
 _PLACE = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
-_TYPES = {1: ("integer", np.dtype("<i8")), 2: ("image", _IMAGE)}
-_OTHER_TYPES = {0: "float", 3: "bytes", 4: "array", 5: "JSON", 6: "tensor", 255: "custom"}
-_RECORD = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
+_LABEL_TYPE, _IMAGE_TYPE = 1, 2
+_TYPES = {_LABEL_TYPE: ("label", "<i8"), _IMAGE_TYPE: ("image", _IMAGE)}
+_NAMES = ("float", "integer", "image", "bytes", "array", "JSON", "tensor", "other")  # of types
+_RECORD = np.dtype([_TYPES[_IMAGE_TYPE], _TYPES[_LABEL_TYPE]], align=True)
 _JPEG, _RAW = 0, 1  # FFCV's modes of an image
 _PAGE = 1 << 23  # bytes: FFCV's default; more where an image is larger
 _MAX_PAGE = 1 << 31
@@ -57,6 +58,18 @@ def scan_beton(file: IO[bytes], name: str, *, headers_only: bool = False) -> Col
         except DataError as error:
             raise DataError(f"{name}: sample {number} {error}") from error
     return to_columns(rows)
+
+
+def field_names(file: IO[bytes], name: str) -> tuple[str, str]:
+    """Return the names of the image and of the label in the .beton `file`.
+
+    Raises DataError if it has other fields, or is no such file.
+    """
+    _, fields, _ = _parse_header(file, name)
+    names = {
+        type: text.decode(errors="replace") for type, text in fields[["type", "name"]].tolist()
+    }
+    return names[_IMAGE_TYPE], names[_LABEL_TYPE]
 
 
 class BetonWriter:
@@ -96,35 +109,53 @@ class BetonWriter:
         self._file.write(self._places.tobytes())
         header = np.array((_VERSION, 2, self._page, self._count, table), _HEADER)
         fields = np.zeros(2, _FIELD)
-        fields["type"], fields["name"] = (2, 1), (b"image", b"label")
+        fields["type"], fields["name"] = (_IMAGE_TYPE, _LABEL_TYPE), (b"image", b"label")
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + self._records.tobytes())
 
 
+def _parse_header(file: IO[bytes], name: str) -> tuple[NDArray[Any], NDArray[Any], np.dtype[Any]]:
+    """Return the header, the fields, and the layout of the records, which follow in the file."""
+    file.seek(0)
+    header = _take(file, name, _HEADER, 1)
+    version = int(header["version"][0])
+    if version != _VERSION:
+        raise DataError(
+            f"{name} is no .beton file of version {_VERSION} (it says {version}); name another, "
+            "or write it again"
+        )
+    fields = _take(file, name, _FIELD, int(header["num_fields"][0]))
+    types = fields["type"].tolist()
+    if sorted(types) != sorted(_TYPES):
+        found = ", ".join(
+            f"{text.decode(errors='replace')} ({_NAMES[min(type, len(_NAMES) - 1)]})"
+            for type, text in fields[["type", "name"]].tolist()
+        )
+        raise DataError(
+            f"{name} has the fields {found}; just one image and one integer, its class, are read: "
+            "write the file again with these"
+        )
+    return header[0], fields, np.dtype([_TYPES[type] for type in types], align=True)
+
+
 def _read_records(file: IO[bytes], name: str) -> tuple[Iterator[Any], NDArray[np.uint64], int]:
     """Return the records as (image, label), the sizes of the images, and where the data ends."""
+    header, _, layout = _parse_header(file, name)
+    count, table, first = int(header["num_samples"]), int(header["table"]), file.tell()
     length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    header = _take(file, name, _HEADER, 1)[0]
-    if header["version"] != _VERSION:
-        raise DataError(
-            f"{name} is no .beton file of version {_VERSION} (it says {header['version']}); "
-            "name another, or write it again"
-        )
-    fields = _take(file, name, _FIELD, int(header["num_fields"]))
-    image, label, layout = _layout(fields, name)
-    count, table = int(header["num_samples"]), int(header["table"])
-    if count == 0 or not 0 < table <= length - count * _PLACE.itemsize:
+    if count == 0 or not first + count * layout.itemsize <= table <= length - _PLACE.itemsize:
         raise DataError(f"{name} is truncated or holds no samples; {_REWRITE}")
+    file.seek(first)
     records = _take(file, name, layout, count)
     file.seek(table)
     places = _take(file, name, _PLACE, (length - table) // _PLACE.itemsize)
     places = places[np.argsort(places["place"])]
-    row = np.searchsorted(places["place"], records[image]["place"])
+    wanted = records["image"]["place"]
+    row = np.searchsorted(places["place"], wanted)
     found = places[np.minimum(row, len(places) - 1)]
-    if (found["place"] != records[image]["place"]).any():
+    if (found["place"] != wanted).any():
         raise DataError(f"{name} does not say how long its images are; {_REWRITE}")
-    return zip(records[image], records[label], strict=True), found["size"], table
+    return zip(records["image"], records["label"], strict=True), found["size"], table
 
 
 def _take(file: IO[bytes], name: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -132,23 +163,6 @@ def _take(file: IO[bytes], name: str, dtype: np.dtype[Any], count: int) -> NDArr
     if len(content) < count * dtype.itemsize:
         raise DataError(f"{name} is truncated, or no .beton file; {_REWRITE}")
     return np.frombuffer(content, dtype, count)
-
-
-def _layout(fields: NDArray[Any], name: str) -> tuple[str, str, np.dtype[Any]]:
-    """Return the names, in a record, of the image and the label, and the record's layout."""
-    kinds = [_TYPES[type][0] if type in _TYPES else "" for type in fields["type"].tolist()]
-    if sorted(kinds) != ["image", "integer"]:
-        names = {**{type: kind for type, (kind, _) in _TYPES.items()}, **_OTHER_TYPES}
-        found = ", ".join(
-            f"{field['name'].decode(errors='replace')!r} ({names.get(int(field['type']), '?')})"
-            for field in fields
-        )
-        raise DataError(
-            f"{name} has the fields {found}; just one image and one integer, its class, are read: "
-            "write the file again with these"
-        )
-    layout = np.dtype([(kind, dict(_TYPES.values())[kind]) for kind in kinds], align=True)
-    return "image", "integer", layout
 
 
 def _scan_sample(
@@ -159,25 +173,23 @@ def _scan_sample(
         raise DataError(f"(mode {mode}, {size} bytes at {place}) lies outside; {_REWRITE}")
     if not 0 <= label <= MAX_LABEL:
         raise DataError(f"has class {label}, not one of at most six digits; {_REWRITE}")
-    content, crc32, flags = b"", 0, Flag.RAW | Flag.NOT_JPEG
-    if not headers_only:
-        content = _read(file, place, size)
-        crc32 = zlib.crc32(content)
+    content = b"" if headers_only else _read(file, place, size)
     if mode == _RAW:
-        found = (width, height)
+        found, flags = [width, height], Flag.RAW | Flag.NOT_JPEG
         if size != 3 * width * height:
             raise DataError(f"has {size} bytes for {width} × {height} pixels; {_REWRITE}")
     else:
-        *found_size, flags = describe(content, whole=True) if content else _head(file, place, size)
-        found = (found_size[0], found_size[1])
-    if found != (width, height):
-        raise DataError(f"has {found} pixels instead of {(width, height)}; {_REWRITE}")
+        *found, flags = describe(content, whole=True) if content else _head(file, place, size)
+    if found != [width, height]:
+        raise DataError(
+            f"has {' × '.join(map(str, found))} pixels instead of {width} × {height}; {_REWRITE}"
+        )
     return {
         "offset": place,
         "key": hash_key(str(number)),
         "size": size,
         "label": label,
-        "crc32": crc32,
+        "crc32": zlib.crc32(content),
         "width": width,
         "height": height,
         "flags": flags | Flag.NO_CRC if headers_only else flags,

@@ -238,7 +238,8 @@ def _write_all(settings: _Settings, folder: Path, out: Path, workers: int, progr
         shared = (settings, folder)
         for number, _ in run_all(_write_file, shared, missing, workers=workers):
             job = missing[number]
-            done(len(job.ids), f"wrote {out / job.name} ({len(job.ids)} samples)")
+            name = job.name if settings.format == "tar" else f"{out.name}.beton"
+            done(len(job.ids), f"wrote {len(job.ids)} samples for {out / name}")
 
 
 def _write_file(shared: tuple[_Settings, Path], job: _Job) -> None:
