@@ -7,6 +7,7 @@ give the same index, however many processes scanned them and however often they 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from data.base import DataError
 from data.beton import scan_beton
 from data.columns import Columns, Flag, is_made_from, pack_index, parse_index, write_atomically
 from data.index import MANIFEST, UNCHECKED, Manifest, Origin, ShardInfo, hash_file
-from data.location import Location
+from data.location import FETCHED, Location
 from data.order import entropy_bits
 from data.parallel import num_cores, run_all
 from data.progress import Say, counting
@@ -73,6 +74,7 @@ def build(
         raise DataError(f"{location} is elsewhere: name a folder for its index with --out")
     names = place.shards()
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_torn(folder)
     task = _Task(
         location=place,
         out=folder,
@@ -110,6 +112,15 @@ def scan(
     if name.endswith(".beton"):
         return scan_beton(file, name, headers_only=headers_only)
     return scan_tar(file, name, label_field=label_field, headers_only=headers_only)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what a process that was killed had not finished."""
+    for suffix in (".idx", ".roi"):
+        for path in folder.rglob(f"*{suffix}.part*"):
+            path.unlink()
+    for path in folder.glob(f"{FETCHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _index_shard(task: _Task, name: str) -> _Indexed:

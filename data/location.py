@@ -18,6 +18,7 @@ import fsspec
 from data.base import DataError
 
 SHARD_SUFFIXES = (".tar", ".beton")
+FETCHED = ".fetch-"  # begins the name of a folder of shards that are only passing through
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Location:
         if self.folder is not None:
             yield self.folder / name
             return
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=scratch) as folder:
+        with tempfile.TemporaryDirectory(prefix=FETCHED, dir=scratch) as folder:
             path = Path(folder) / PurePosixPath(name).name
             with self._failing():
                 system, root = fsspec.core.url_to_fs(self.url)
