@@ -227,14 +227,12 @@ def _pack_beside(
 
 def _write_all(settings: _Settings, folder: Path, out: Path, workers: int, progress: Say) -> None:
     """Write the files that are not there yet."""
-    jobs = settings.jobs()
+    jobs, total = settings.jobs(), len(settings.source)
     missing = [job for job in jobs if not (folder / job.name).is_file()]
-    with counting(len(settings.source), "image", progress) as done:
-        if len(missing) < len(jobs):
-            kept = len(settings.source) - sum(len(job.ids) for job in missing)
-            line = f"continuing after {kept} of {len(settings.source)} samples"
-            progress(line)
-            done(kept, line)
+    finished = total - sum(len(job.ids) for job in missing)
+    if finished:
+        progress(f"continuing after {finished} of {total} samples")
+    with counting(total, "image", progress, finished=finished) as done:
         shared = (settings, folder)
         for number, _ in run_all(_write_file, shared, missing, workers=workers):
             job = missing[number]
@@ -246,14 +244,17 @@ def _write_file(shared: tuple[_Settings, Path], job: _Job) -> None:
     """Write one file, which has its name when it is whole."""
     settings, folder = shared
     beside = folder / f"{job.name}.part{os.getpid()}"
-    with beside.open("wb") as file:
-        if settings.format == "tar":
-            _write_tar(file, settings.source, job)
-        else:
-            write_part(file, settings.source, job.ids, settings.image_mode)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(folder / job.name)
+    try:
+        with beside.open("wb") as file:
+            if settings.format == "tar":
+                _write_tar(file, settings.source, job)
+            else:
+                write_part(file, settings.source, job.ids, settings.image_mode)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(folder / job.name)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _write_tar(file: IO[bytes], source: Source, job: _Job) -> None:

@@ -12,16 +12,23 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def counting(total: int, unit: str, say: Say) -> Iterator[Callable[[int, str], None]]:
+def counting(
+    total: int, unit: str, say: Say, *, finished: int = 0
+) -> Iterator[Callable[[int, str], None]]:
     """Yield `done(amount, line)`, to be called as parts of `total` are finished.
 
     On a terminal it moves a bar; elsewhere it says the line of the part that completes a tenth.
+    So much was `finished` before.
     """
     on_terminal = sys.stderr.isatty()
     with tqdm(
-        total=total, unit=unit, file=sys.stderr, disable=not on_terminal, dynamic_ncols=True
+        total=total,
+        initial=finished,
+        unit=unit,
+        file=sys.stderr,
+        disable=not on_terminal,
+        dynamic_ncols=True,
     ) as bar:
-        finished = 0
 
         def done(amount: int, line: str) -> None:
             nonlocal finished

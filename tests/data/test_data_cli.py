@@ -49,10 +49,36 @@ def test_class_names_come_from_a_file_when_asked(images, tmp_path):
     assert TarSource(out).classes == ("ant", "bee", "cat")
 
 
+def test_an_indexed_set_becomes_a_beton_that_runs_can_change_to(images, tmp_path, capsys):
+    tars, beton = tmp_path / "tars", tmp_path / "beton"
+    assert main(["pack", str(images), "--out", str(tars), "--samples-per-shard", "5"]) == 0
+    options = ["--format", "beton", "--image-mode", "raw", "--workers", "2"]
+    assert main(["pack", str(tars), "--out", str(beton), *options]) == 0
+    assert f"packed 12 samples into 1 shards: {beton / 'manifest.json'}" in capsys.readouterr().out
+    assert TarSource(beton).fingerprint == TarSource(tars).fingerprint
+    assert main(["verify", str(beton), "--workers", "1"]) == 0
+    assert main(["index", str(beton)]) == 0
+    assert TarSource(beton).fingerprint == TarSource(tars).fingerprint
+
+
+def test_an_index_may_stand_apart_and_be_of_headers_alone(images, tmp_path, capsys):
+    tars, far = tmp_path / "tars", tmp_path / "far"
+    assert main(["pack", str(images), "--out", str(tars)]) == 0
+    assert main(["index", str(tars), "--out", str(far), "--headers-only"]) == 0
+    shown = capsys.readouterr().out
+    assert "NOTE: of the images only headers were read" in shown
+    assert str(far / "manifest.json") in shown
+    assert main(["index", str(tars), "--label-field", "category"]) == 2
+    assert "no number in .json (fields category)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("index", "{}/nowhere"),
+        ("index", "memory://nowhere"),
+        ("index", "{}/images", "--workers", "0"),
+        ("pack", "{}/images", "--out", "{}/out", "--workers", "0"),
         ("pack", "{}/nowhere", "--out", "{}/out"),
         ("pack", "{}/images", "--out", "{}/images"),
         ("pack", "{}/images", "--out", "{}/out", "--samples-per-shard", "0"),
