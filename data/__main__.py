@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}; free or choose another place", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells report it
     return 0
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from data.base import DataError
 from data.columns import INDEX_FORMAT, Columns, parse_index
 from data.location import Location
+from data.parallel import check_workers
 from data.progress import Say, counting
 from data.regions import belongs
 
@@ -159,6 +160,7 @@ class Manifest:
 
 def verify(folder: Path, *, workers: int = 1, progress: Say = print) -> Manifest:
     """Hash every shard; raises one DataError that lists all that differ from the manifest."""
+    check_workers(workers)
     manifest = Manifest.load(folder)
     problems = []
     task = partial(_verify_shard, folder, manifest)

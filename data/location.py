@@ -41,6 +41,8 @@ class Location:
         with self._failing():
             system, root = fsspec.core.url_to_fs(self.url)
             found = system.find(root)
+            if not found:
+                system.ls(root)  # which says why, where finding nothing is all that `find` does
         root = root.rstrip("/") + "/"
         names = sorted(str(path).removeprefix(root) for path in found)
         names = [name for name in names if name.endswith(SHARD_SUFFIXES) and not _is_hidden(name)]
@@ -96,14 +98,19 @@ class Location:
     @contextmanager
     def _failing(self) -> Iterator[None]:
         """Word what goes wrong between here and there."""
+        # Each store has errors of its own, of no common kind.
+        kinds = (OSError, ImportError, ValueError) if self.folder is not None else (Exception,)
         try:
             yield
         except DataError:
             raise
         except FileNotFoundError as error:
             raise DataError(f"{self.url} is not there ({error}); name another") from error
-        except (OSError, ImportError, ValueError) as error:
-            raise DataError(f"{self.url} cannot be read ({error})") from error
+        except kinds as error:
+            raise DataError(
+                f"{self.url} cannot be read ({type(error).__name__}: {error}); check the address "
+                "and what gives access, or copy it"
+            ) from error
 
 
 def _is_hidden(name: str) -> bool:

@@ -30,6 +30,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def check_workers(workers: int) -> None:
+    """Raise DataError for fewer than one."""
+    if workers < 1:
+        raise DataError(f"workers {workers} must be at least 1")
+
+
 def run_all(
     task: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job], *, workers: int
 ) -> Iterator[tuple[int, Result]]:
@@ -39,8 +45,7 @@ def run_all(
     first error ends it all, once what is under way is finished. Raises DataError if `workers` is
     below 1, or one of them is killed.
     """
-    if workers < 1:
-        raise DataError(f"workers {workers} must be at least 1")
+    check_workers(workers)
     if min(workers, len(jobs)) <= 1:
         for number, job in enumerate(jobs):
             yield number, task(shared, job)

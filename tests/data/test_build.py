@@ -222,9 +222,9 @@ def test_headers_alone_are_a_small_part():
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("memory://nowhere", "memory://nowhere holds no"),
+        ("memory://nowhere", "memory://nowhere is not there"),
         ("nosuch://bucket", "nosuch://bucket cannot be read .*nosuch"),
-        ("{}/nowhere", "nowhere holds no"),
+        ("{}/nowhere", "nowhere is not there"),
     ],
 )
 def test_a_place_without_shards_is_named(tmp_path, location, message):

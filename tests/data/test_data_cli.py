@@ -1,5 +1,6 @@
 """The data commands as a user runs them: what they print, and how they fail."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_an_index_may_stand_apart_and_be_of_headers_alone(images, tmp_path, caps
     "arguments",
     [
         ("index", "{}/nowhere"),
-        ("index", "memory://nowhere"),
+        ("index", "memory://nowhere", "--out", "{}/out"),
+        ("verify", "{}/images", "--workers", "0"),
         ("index", "{}/images", "--workers", "0"),
         ("pack", "{}/images", "--out", "{}/out", "--workers", "0"),
         ("pack", "{}/nowhere", "--out", "{}/out"),
@@ -106,3 +108,22 @@ def test_the_command_line_exits_with_the_code_and_no_traceback(tmp_path):
     assert result.stderr == (
         f"error: {tmp_path / 'manifest.json'} is missing; run `foveate data index {tmp_path}`\n"
     )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_keeps_what_is_finished(images, tmp_path, workers):
+    command = [sys.executable, "-m", "data", "pack", str(images), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--samples-per-shard", "1", "--workers", workers],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        shown, error = process.communicate()
+    if process.returncode == 0:
+        pytest.skip("it was done already")
+    assert (process.returncode, error) == (130, "")
+    assert "what is finished is kept in" in shown
