@@ -141,6 +141,7 @@ def _index_shard(task: _Task, name: str) -> _Indexed:
                 scan_as(file, shown), num_bytes=num_bytes, made_from=made_from
             )
         write_atomically(target, content)
+        target.with_suffix(".roi").unlink(missing_ok=True)  # of an earlier index
         return _indexed(name, None, num_bytes, content)
     with task.location.local(name, task.out) as path, path.open("rb") as file:
         num_bytes, sha256 = path.stat().st_size, hash_file(file)

@@ -193,7 +193,10 @@ def test_headers_can_be_read_alone(nested, remote, tmp_path, scans):
 
 
 def test_samples_of_a_headers_only_index_are_read_unchecked(nested):
+    build(nested, progress=quiet)
     build(nested, headers_only=True, progress=quiet)
+    assert not list(nested.rglob("*.roi"))
+    verify(nested, progress=quiet)
     source = TarSource(nested)
     content = source.read(0).image
     offset = (nested / "a" / "000.tar").read_bytes().index(content)
