@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from models import build
 from models.registry import MODELS
 from trainer.backends.wrap import wrap_blocks
-from trainer.config import MemoryConfig
+from trainer.sections import MemoryConfig
 
 RIVAL = "swin_tiny_patch4_window7_224"
 DEFAULT = ("transnext_tiny", "transnext_micro", "transxnet_t")

@@ -1,6 +1,7 @@
 """Per-sample transforms: what each image goes through on its way to the network.
 
-Owns crop, flip, colour jitter and the evaluation geometry; RandAugment is in `randaugment.py`.
+Owns crop, flip and the evaluation geometry; the policies are in `policy.py`, and what is done to
+colours alone, on the device, in `color.py`.
 Invariant: a training view is a pure function of (spec, seed, epoch, key, bytes), where the key
 tells samples and their copies apart: random numbers are derived in advance for many samples at
 once and handed down row by row.
@@ -15,12 +16,13 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from data.base import DataError, Sample
 from data.decode import RESAMPLING, Box, Geometry
 from data.jpeg import decode_all
-from data.randaugment import apply_policy, parse_policy
+from data.operations import Canvas
+from data.policy import parse_policy
 from data.randomness import Purpose, uniforms
 
 _CROP_ATTEMPTS = 10
@@ -32,20 +34,23 @@ class AugmentSpec:
 
     A crop of `scale` × the image's area and aspect `ratio` is resized to `size` × `size` pixels
     (Szegedy et al., arXiv:1409.4842), flipped with probability `hflip`, then goes through
-    `auto_augment`, a RandAugment policy as timm spells them (`rand-m9-mstd0.5-inc1`). Where there
-    is no such policy, brightness, contrast and saturation are jittered by up to ± `color_jitter`;
-    with one, jitter is left out, as the published recipes do. `interpolation` is bilinear,
-    bicubic, or random (one of the two per image). What geometric operations uncover gets the
-    colour `mean`, that of pixels scaled to [0, 1].
+    `auto_augment`, a policy as timm spells them (`rand-m9-mstd0.5-inc1`, `v0`, `augmix-m3`).
+    `interpolation` is bilinear, bicubic, or random (one of the two per image, and per operation of
+    the policy). With `dct_scaling` a JPEG may be decoded at a fraction of its size where the result
+    is smaller still: faster, and not quite the same pixels. What geometric operations uncover gets
+    the colour `mean`, that of pixels scaled to [0, 1]. `sizes` are (first epoch, size) pairs that
+    take the place of `size` where it changes on the way (progressive resolution: Tan and Le,
+    arXiv:2104.00298).
     """
 
     size: int = 224
+    sizes: tuple[tuple[int, int], ...] = ()
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
+    dct_scaling: bool = False
     hflip: float = 0.5
     auto_augment: str | None = None
-    color_jitter: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
 
     def __post_init__(self) -> None:
@@ -59,6 +64,11 @@ class AugmentSpec:
         if self.auto_augment is not None:
             parse_policy(self.auto_augment)
 
+    def size_at(self, epoch: int) -> int:
+        """Return the width and height of views in `epoch`, in pixels."""
+        begun = [size for first, size in self.sizes if first <= epoch]
+        return begun[-1] if begun else self.size
+
     def render(
         self,
         samples: Sequence[Sample],
@@ -70,18 +80,20 @@ class AugmentSpec:
     ) -> dict[int, DataError]:
         """Write the training view of each sample to `out` uint8 [n, size, size, 3].
 
-        `keys` int64 [n] are the sample ids, or what tells copies of a sample apart. Returns
-        row -> error of the images that cannot be decoded.
+        The size is `size_at(epoch)`. `keys` int64 [n] are the sample ids, or what tells copies of a
+        sample apart. Returns row -> error of the images that cannot be decoded.
         """
         crops = self._crop_draws(keys, seed=seed, epoch=epoch)
         flips = uniforms(seed, epoch, keys, Purpose.FLIP, count=1)[:, 0] < self.hflip
-        colors = self._color_draws(keys, seed=seed, epoch=epoch)
-        geometry = partial(self._geometry, crops)
-        failures = decode_all(samples, geometry, out, flips=flips.tolist())
-        if colors is not None:
+        geometry = partial(self._geometry, crops, self.size_at(epoch))
+        failures = decode_all(samples, geometry, out, flips=flips.tolist(), reduce=self.dct_scaling)
+        if self.auto_augment is not None:
+            policy, canvas = parse_policy(self.auto_augment), self._canvas()
+            draws = uniforms(seed, epoch, keys, Purpose.AUTO_AUGMENT, count=policy.num_draws)
             for row in range(len(samples)):
                 if row not in failures:
-                    out[row] = self._recolor(out[row], colors[row])
+                    picture = Image.fromarray(out[row])
+                    out[row] = np.asarray(policy.apply(picture, draws[row], canvas))
         return failures
 
     def _crop_draws(self, keys: NDArray[np.int64], *, seed: int, epoch: int) -> list[list[float]]:
@@ -93,33 +105,20 @@ class AugmentSpec:
         rows: list[list[float]] = draws.tolist()
         return rows
 
-    def _geometry(self, crops: list[list[float]], row: int, width: int, height: int) -> Geometry:
+    def _geometry(
+        self, crops: list[list[float]], size: int, row: int, width: int, height: int
+    ) -> Geometry:
         draws, interpolation = crops[row], self.interpolation
         if interpolation == "random":
             interpolation = "bilinear" if draws[-1] < 0.5 else "bicubic"
         areas, ratios = draws[:_CROP_ATTEMPTS], draws[_CROP_ATTEMPTS:-3]
         box = crop_box(areas, ratios, (draws[-3], draws[-2]), (width, height), limits=self.ratio)
-        return Geometry(box, (self.size, self.size), interpolation=interpolation)
+        return Geometry(box, (size, size), interpolation=interpolation)
 
-    def _color_draws(
-        self, keys: NDArray[np.int64], *, seed: int, epoch: int
-    ) -> NDArray[np.float64] | None:
-        if self.auto_augment is not None:
-            count = parse_policy(self.auto_augment).num_draws
-            return uniforms(seed, epoch, keys, Purpose.AUTO_AUGMENT, count=count)
-        if self.color_jitter > 0:
-            return uniforms(seed, epoch, keys, Purpose.COLOR_JITTER, count=6)
-        return None
-
-    def _recolor(self, pixels: NDArray[np.uint8], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        picture = Image.fromarray(pixels)
-        if self.auto_augment is None:
-            return np.asarray(jitter(picture, draws, strength=self.color_jitter))
-        policy = parse_policy(self.auto_augment)
-        resample = RESAMPLING["bilinear" if self.interpolation == "bilinear" else "bicubic"]
-        red, green, blue = (round(255 * value) for value in self.mean)
-        fill = (red, green, blue)
-        return np.asarray(apply_policy(picture, policy, draws, resample=resample, fill=fill))
+    def _canvas(self) -> Canvas:
+        names = tuple(RESAMPLING) if self.interpolation == "random" else (self.interpolation,)
+        red, green, blue = (min(255, round(255 * value)) for value in self.mean)
+        return Canvas(resample=tuple(RESAMPLING[name] for name in names), fill=(red, green, blue))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,19 +180,6 @@ def crop_box(
             top = int(place[1] * (height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
     return _centre_box(width, height, limits)
-
-
-def jitter(picture: Image.Image, draws: NDArray[np.float64], *, strength: float) -> Image.Image:
-    """Scale brightness, contrast and saturation, in random order, by 1 ± `strength`.
-
-    `draws` are six uniform numbers: three factors, and three ranks that order the operations.
-    """
-    low, high = max(0.0, 1 - strength), 1 + strength
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for index in np.argsort(draws[3:]):
-        factor = low + float(draws[index]) * (high - low)
-        picture = enhancers[index](picture).enhance(factor)
-    return picture
 
 
 def _centre_box(width: int, height: int, limits: tuple[float, float]) -> Box:

@@ -144,7 +144,7 @@ def _index_shard(task: _Task, name: str) -> _Indexed:
         target.with_suffix(".roi").unlink(missing_ok=True)  # of an earlier index
         return _indexed(name, None, num_bytes, content)
     with task.location.local(name, task.out) as path, path.open("rb") as file:
-        num_bytes, sha256 = path.stat().st_size, hash_file(file)
+        num_bytes, sha256 = path.stat().st_size, hash_file(path)
         made_from = f"bytes {sha256} {task.label_field}"
         content = _reuse(target, made_from, num_bytes) or pack_index(
             scan_as(file, shown), num_bytes=num_bytes, made_from=made_from

@@ -85,11 +85,14 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def fingerprint(self) -> str:
-        """The origin's, or SHA-256 of the canonical JSON form without `base`, in hexadecimal."""
-        if self.origin is not None:
-            return self.origin.fingerprint
+    def sha256(self) -> str:
+        """Of the canonical JSON form without `base` and `origin`, in hexadecimal."""
         return hashlib.sha256(json.dumps(self._fields(), indent=1).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """The origin's, or `sha256`."""
+        return self.sha256 if self.origin is None else self.origin.fingerprint
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -218,8 +221,14 @@ def index_name(shard: ShardInfo) -> str:
     return str(PurePosixPath(shard.name).with_suffix(".idx"))
 
 
-def hash_file(file: IO[bytes]) -> str:
-    """Return the SHA-256 of an open file, in hexadecimal."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hash_stream(file)
+
+
+def hash_stream(file: IO[bytes]) -> str:
+    """Return the SHA-256 of what can be read of an open file, in hexadecimal."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
@@ -243,7 +252,7 @@ def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo) -> str | N
             _check_size(shown, location.version(shard.name)[0], shard, folder)
         if shard.sha256 is not None:
             with location.opened(shard.name, read_ahead=_BLOCK) as file:
-                if hash_file(file) != shard.sha256:
+                if hash_stream(file) != shard.sha256:
                     raise DataError(f"{shown} was altered; {_restore(folder)}")
         regions = (folder / shard.name).with_suffix(".roi")
         if regions.is_file() and not belongs(

@@ -51,7 +51,7 @@ class _Pending:
     plan: Plan
     images: Tensor
     shown: NDArray[np.int64]
-    parts: list[Future[None]]
+    parts: list[Future[dict[int, str]]]
 
 
 class Loader:
@@ -88,7 +88,7 @@ class Loader:
             while pending:
                 batch = pending.popleft()
                 for part in batch.parts:
-                    part.result()
+                    self._report(part.result())
                 pending.extend(self._submit(pool, plan) for plan in islice(plans, 1))
                 yield self._batch(batch), batch.plan.cursor
         finally:
@@ -104,8 +104,13 @@ class Loader:
         parts = [pool.submit(self._fill, plan, images.numpy(), shown, part) for part in rows]
         return _Pending(plan=plan, images=images, shown=shown, parts=parts)
 
-    def _fill(self, plan: Plan, images: Pixels, shown: NDArray[np.int64], rows: slice) -> None:
-        """Load the samples of `rows` into their rows of `images`; blacken the padding."""
+    def _fill(
+        self, plan: Plan, images: Pixels, shown: NDArray[np.int64], rows: slice
+    ) -> dict[int, str]:
+        """Load the samples of `rows` into their rows of `images`; blacken the padding.
+
+        Returns id -> what was done about it of those that had to be replaced.
+        """
         ids, keys, out = plan.ids[rows], plan.keys[rows], images[rows]
         held = int((ids >= 0).sum())  # padding comes last
         out[held:] = 0
@@ -117,8 +122,12 @@ class Loader:
             failures[good[row]] = self._named(samples[row].id, error)
         if target.base is not out.base:
             out[good] = target
+        said = {}
         for row, error in failures.items():
-            shown[rows][row] = self._substitute(plan, int(ids[row]), error, keys[row], out[row])
+            id = int(ids[row])
+            other = shown[rows][row] = self._substitute(plan, id, error, keys[row], out[row])
+            said[id] = f"{error}; {self._source.name(other)} takes its place"
+        return said
 
     def _read(self, ids: list[int]) -> tuple[list[Sample], dict[int, DataError]]:
         """Return the samples that can be read, and row -> error of those that cannot be used."""
@@ -141,7 +150,6 @@ class Loader:
         for other in self._neighbours(id):
             samples, failures = self._read([other])
             if not failures and not plan.render(samples, key[None], out[None]):
-                self._report(id, other, error)
                 return other
         raise DataError(f"{error}; none of the {_ATTEMPTS} samples after it can be used instead")
 
@@ -153,11 +161,12 @@ class Loader:
         for step in range(1, min(size, _ATTEMPTS + 1)):
             yield first + (id - first + step) % size
 
-    def _report(self, id: int, other: int, error: DataError) -> None:
-        if id in self.quarantine:
-            return
-        self.quarantine.add(id)
-        warnings.warn(f"{error}; {self._source.name(other)} takes its place", stacklevel=2)
+    def _report(self, replaced: dict[int, str]) -> None:
+        """Put samples into quarantine, and say so once."""
+        for id, message in replaced.items():
+            if id not in self.quarantine:
+                self.quarantine.add(id)
+                warnings.warn(message, stacklevel=2)
 
     def _named(self, id: int, error: DataError) -> DataError:
         named = BadSample(f"{self._source.name(id)} {error}")

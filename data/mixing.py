@@ -1,4 +1,4 @@
-"""On-device normalisation, mixup, cutmix and random erasing of a micro-batch.
+"""On-device colour augmentation, normalisation, mixup, cutmix and random erasing of a micro-batch.
 
 Parameters are drawn on the CPU from (seed, epoch, pair) or (seed, epoch, position) and applied to
 the whole batch on its device, without waiting for it. Invariant: positions 2j and 2j+1 of an
@@ -9,7 +9,7 @@ on how many processes share the batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.base import Batch, DataError
+from data.color import ColorSpec, recolor
+from data.device import to_device
 from data.randomness import GOLDEN, Purpose, stream_keys, uniforms
 
 _BETA_ATTEMPTS = 24
@@ -29,6 +31,7 @@ _ERASE_LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))
 class MixSpec:
     """What happens to a batch on the device.
 
+    `color` comes first, on the images as they were augmented.
     `mixup` and `cutmix` are the α of their Beta(α, α), 0 for off (Zhang et al., arXiv:1710.09412;
     Yun et al., arXiv:1905.04899); with both on, `switch_prob` is cutmix's share. `erase_prob` is
     the chance of one erased rectangle of normal noise per image (Zhong et al., arXiv:1708.04896).
@@ -41,6 +44,7 @@ class MixSpec:
     switch_prob: float = 0.5
     label_smoothing: float = 0.0
     erase_prob: float = 0.0
+    color: ColorSpec = field(default_factory=ColorSpec)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -67,8 +71,8 @@ class MixParams:
 def normalize(images: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return uint8 [B, H, W, 3] as float32 [B, 3, H, W], channels last in memory."""
     device = images.device
-    scale = _to_device(np.array([1 / (255 * s) for s in std], np.float32), device)
-    shift = _to_device(
+    scale = to_device(np.array([1 / (255 * s) for s in std], np.float32), device)
+    shift = to_device(
         np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32), device
     )
     return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
@@ -88,7 +92,8 @@ class Mixer:
         """
         spec = self.spec
         positions = batch.positions.numpy()
-        images = normalize(batch.images, mean=spec.mean, std=spec.std)
+        pixels = recolor(batch.images, spec.color, positions, seed=self.seed, epoch=batch.epoch)
+        images = normalize(pixels, mean=spec.mean, std=spec.std)
         targets = smooth_one_hot(
             batch.labels, num_classes=spec.num_classes, smoothing=spec.label_smoothing
         )
@@ -180,9 +185,9 @@ def normal_noise(keys: Tensor, *, count: int) -> Tensor:
 
 def _mix(images: Tensor, targets: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:
     device = images.device
-    lam = _to_device(np.repeat(params.lam, 2).astype(np.float32), device)
-    pasted = _inside(_to_device(np.repeat(params.box, 2, axis=0), device), images.shape[-2:])
-    boxed = _to_device(np.repeat(params.box[:, 1] > params.box[:, 0], 2), device)
+    lam = to_device(np.repeat(params.lam, 2).astype(np.float32), device)
+    pasted = _inside(to_device(np.repeat(params.box, 2, axis=0), device), images.shape[-2:])
+    boxed = to_device(np.repeat(params.box[:, 1] > params.box[:, 0], 2), device)
     blend = torch.where(boxed, 1.0, lam)[:, None, None, None]
     weight = torch.where(pasted, 0.0, blend)  # [B, 1, H, W]
     mixed = images * weight + _partners(images) * (1 - weight)
@@ -205,11 +210,11 @@ def _erase(
         return images
     device = images.device
     keys = stream_keys(seed, epoch, positions[rows], Purpose.ERASE_NOISE).view(np.int64)
-    noise = normal_noise(_to_device(keys, device), count=size[0] * size[1] * 3)
+    noise = normal_noise(to_device(keys, device), count=size[0] * size[1] * 3)
     noise = noise.view(-1, *size, 3).permute(0, 3, 1, 2)
-    index = _to_device(rows, device)
+    index = to_device(rows, device)
     erased = torch.where(
-        _inside(_to_device(boxes, device), size), noise, images.index_select(0, index)
+        _inside(to_device(boxes, device), size), noise, images.index_select(0, index)
     )
     return images.index_copy_(0, index, erased)
 
@@ -238,13 +243,6 @@ def _inside(boxes: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def _between(draws: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
     return low + draws * (high - low)
-
-
-def _to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _signed(value: int) -> int:

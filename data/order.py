@@ -51,6 +51,13 @@ class Shuffle(Protocol):
         """Return the ids that have no position in `epoch`, int64."""
         ...
 
+    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+        """Return in how many places of a lane each shard is next read by any of `lanes`.
+
+        It is asked at `place` of `epoch`. int64 [num_shards], or one number for all shards.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullShuffle:
@@ -74,6 +81,10 @@ class FullShuffle:
     def left_out(self, epoch: int) -> NDArray[np.int64]:
         """None: every sample has a position."""
         return np.empty(0, np.int64)
+
+    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+        """At any moment any shard may be next."""
+        return np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +136,7 @@ class StreamShuffle:
         return self._ids_along(epoch, np.arange(self.num_positions, self.shard_sizes.sum()))
 
     def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
-        """Return in how many places of a lane each shard is next read by any of `lanes`.
+        """See `Shuffle`.
 
         0 is within the windows that stand at `place` of `epoch`; shards that are read neither in
         this epoch nor in the next get two lane lengths. int64 [num_shards].

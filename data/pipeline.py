@@ -25,6 +25,7 @@ from data.schedule import Schedule, evaluation_ids
 from data.webdataset import TarSource
 
 _LISTED = 10  # bad samples that a message names
+_FORESIGHT = 8  # times a window that the source is told what comes next
 
 
 def open_source(kind: str, path: str | Path) -> Source:
@@ -185,9 +186,15 @@ class ImagePipeline:
             )
 
     def _plans(self, cursor: Cursor, shard: Shard) -> Iterator[Plan]:
+        foretold = None
         while True:
             part = self.schedule.take(cursor, shard)
             cursor = part.cursor
+            place = int(part.positions[0]) // max(1, self._shuffle.lanes)
+            now = part.epoch, place // max(1, self._shuffle.window // _FORESIGHT)
+            if now != foretold:
+                foretold = now
+                self._foretell(part.epoch, place, shard)
             ids = self._order.ids(part.epoch, part.positions)
             copies = self._order.copies(part.positions)
             yield Plan(
@@ -195,10 +202,17 @@ class ImagePipeline:
                 ids=ids,
                 keys=ids + copies * len(self.source),
                 positions=part.positions,
-                size=self.augment.size,
+                size=self.augment.size_at(part.epoch),
                 render=partial(self.augment.render, seed=self.seed, epoch=part.epoch),
                 cursor=cursor,
             )
+
+    def _foretell(self, epoch: int, place: int, shard: Shard) -> None:
+        """Tell the source when this machine's ranks next read each shard."""
+        first = shard.rank if shard.first_here is None else shard.first_here
+        lanes = self.schedule.lanes_of(first, shard.ranks_here, shard.world_size)
+        next_use = self._shuffle.next_use(epoch, place, lanes)
+        self.source.expect(np.broadcast_to(next_use, self.source.shard_sizes.shape))
 
 
 def _describe_order(cursor: Cursor) -> str:

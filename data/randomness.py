@@ -33,6 +33,9 @@ class Purpose(IntEnum):
     SYNTHETIC = 10
     SHARDS = 12
     WINDOWS = 13
+    GRAYSCALE = 20
+    GAUSSIAN_BLUR = 21
+    SOLARIZE = 22
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

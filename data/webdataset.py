@@ -1,46 +1,81 @@
-"""Random access to samples in indexed shards: tars in the WebDataset layout, and .beton files.
+"""Random access to samples in indexed shards, tars (the WebDataset layout) or betons, near or far.
 
-Owns the open files of the shards. Invariant: sample ids number the samples shard after shard in
-the manifest's order, and a sample whose bytes do not match their CRC, where the index has one, is
+Owns how a set is opened. Invariant: sample ids number the samples shard after shard in the
+manifest's order, and a sample whose bytes do not match their CRC, where the index has one, is
 never returned.
-Files are read, not memory-mapped: a map keeps a descriptor for ever, lets nobody else run while a
-page comes in, and kills the process when a file shrinks.
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import weakref
+import hashlib
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.base import BadSample, DataError, Sample
-from data.columns import Columns, Flag
-from data.index import Manifest, ShardInfo, check_shard
-from data.regions import Regions
+from data.cache import CachedStore
+from data.cachefolder import locked, unusable
+from data.columns import Columns, Flag, write_atomically
+from data.index import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    check_index,
+    check_shard,
+    index_name,
+    read_columns,
+)
+from data.ranged import RangedStore
+from data.remote import Remote
+from data.store import LocalStore, Place, Store
 from data.tar import member_name
 
 
 class TarSource:
-    """The `Source` over a folder of tar or .beton shards with their manifest.
+    """The `Source` over tar or .beton shards with their manifest: in a folder, or below a URL.
 
-    Opening checks the size of every shard and the hash of every index; reading checks the
-    sample's CRC. Shards are opened when first read, and kept open as far as the process's limit
-    of open files allows. Raises DataError naming the shard and the remedy.
+    A folder's shards are read where they lie, or where its manifest says they do. Those of a URL
+    (s3, gs, http, https, file) are downloaded whole into `cache_dir`, which processes may share and
+    which is kept within `cache_bytes` if given; without a cache folder each sample is requested by
+    itself.
+    Opening checks the hash of every index, and the size of every shard in a folder; reading checks
+    the sample's CRC. Raises DataError naming the shard and the remedy.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        manifest = Manifest.load(self._folder)
+    def __init__(
+        self,
+        location: str | Path,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self._opened_as = (location, cache_dir, cache_bytes)
+        self._columns: list[Columns]
+        self._store: Store
+        if "://" in str(location):
+            remote = Remote(str(location))
+            manifest = _fetch_manifest(remote)
+            folder = _cache_folder(cache_dir, manifest)
+            self._location = remote.url
+            self._columns = _fetch_columns(remote, manifest.shards, folder)
+            self._store = _far_store(remote, manifest.shards, folder, cache_bytes)
+        else:
+            near = Path(location)
+            manifest = Manifest.load(near)
+            place = manifest.location(near)
+            self._location = place.url
+            check = check_shard if manifest.base is None else check_index
+            self._columns = [check(near, shard) for shard in manifest.shards]
+            if place.folder is not None:
+                self._store = LocalStore(place.folder, manifest.shards)
+            else:
+                remote, folder = Remote(place.url), _cache_folder(cache_dir, manifest)
+                self._store = _far_store(remote, manifest.shards, folder, cache_bytes)
         self._shards = manifest.shards
-        self._columns: list[Columns] = [check_shard(self._folder, s) for s in manifest.shards]
-        self._open = lru_cache(maxsize=_max_open_shards())(partial(_ShardFile, self._folder))
         self.shard_sizes = manifest.shard_sizes
         self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
         self.fingerprint = manifest.fingerprint
@@ -49,35 +84,45 @@ class TarSource:
             [columns["label"] for columns in self._columns]
         ).astype(np.int64)
 
-    def __reduce__(self) -> tuple[type[TarSource], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Open it again where it is sent: open files cannot be."""
-        return TarSource, (self._folder,)
+        return TarSource, self._opened_as
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def expect(self, next_use: NDArray[np.int64]) -> None:
-        """Nothing needs to be fetched."""
+        """See `Source`; the first time, raises DataError if the cache is too small for it."""
+        if len(next_use) == len(self._shards):  # else they are those of the set's origin
+            self._store.expect(next_use)
 
     def prefetch(self, ids: Sequence[int]) -> None:
-        """Nothing needs to be fetched."""
+        """See `Source`."""
+        self._store.prefetch(self._place(*self._locate(id)) for id in ids)
+
+    def close(self) -> None:
+        """End downloads that were begun ahead of reading."""
+        self._store.close()
 
     def read(self, id: int) -> Sample:
         """Return sample `id`; raises BadSample naming shard and member if its bytes changed."""
         shard, row = self._locate(id)
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
-        offset = int(columns["offset"][row])
-        image = self._read(shard, offset, int(columns["size"][row]))
+        place = self._place(shard, row)
         label, flags = int(columns["label"][row]), Flag(int(columns["flags"][row]))
-        if Flag.NO_CRC not in flags and zlib.crc32(image) != crc32:
+        image = self._store.read(*place)
+        is_checked = Flag.NO_CRC not in flags
+        if is_checked and zlib.crc32(image) != crc32:
+            image = self._store.read_again(*place)
+        if len(image) != place[2] or (is_checked and zlib.crc32(image) != crc32):
             raise BadSample(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
-                f"`foveate data index {self._folder}`"
+                f"`foveate data index {self._location}`"
             )
         if Flag.RAW in flags:
             shape = (int(columns["height"][row]), int(columns["width"][row]), 3)
             return Sample(id=id, image=np.frombuffer(image, np.uint8).reshape(shape), label=label)
-        regions = self._open(self._shards[shard]).read_regions(row, crc32)
+        regions = self._store.read_regions(shard, row, crc32)
         return Sample(id=id, image=image, label=label, regions=regions)
 
     def name(self, id: int) -> str:
@@ -85,47 +130,88 @@ class TarSource:
         shard, row = self._locate(id)
         offset, member = int(self._columns[shard]["offset"][row]), str(row)
         if self._shards[shard].name.endswith(".tar"):
-            member = member_name(self._read(shard, offset - 512, 512))
-        return f"{self._folder / self._shards[shard].name}:{member} (sample {id})"
-
-    def _read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        info = self._shards[shard]
-        try:
-            return self._open(info).read(offset, num_bytes)
-        except OSError as error:
-            raise DataError(
-                f"{self._folder / info.name} cannot be read ({error}); restore it"
-            ) from error
+            member = member_name(self._store.read(shard, offset - 512, 512))
+        return f"{self._location}/{self._shards[shard].name}:{member} (sample {id})"
 
     def _locate(self, id: int) -> tuple[int, int]:
         """Return the shard's index and the row in it."""
         shard = int(np.searchsorted(self._ends, id, side="right"))
         return shard, id - int(self._ends[shard] - self._shards[shard].num_samples)
 
-
-class _ShardFile:
-    """A shard and its regions, which any thread may read, closed once nobody refers to them."""
-
-    def __init__(self, folder: Path, info: ShardInfo) -> None:
-        path = folder / info.name
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-        self._regions = Regions(path, num_samples=info.num_samples, index_sha256=info.index_sha256)
-        weakref.finalize(self, self._regions.close)
-
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        """Return `num_bytes` from `offset` on, fewer at the end of the file."""
-        return os.pread(self._descriptor, num_bytes, offset)
-
-    def read_regions(self, row: int, crc32: int) -> bytes | None:
-        """Return the regions of a sample whose bytes have this CRC, if it has any."""
-        return self._regions.read(row, crc32)
+    def _place(self, shard: int, row: int) -> Place:
+        columns = self._columns[shard]
+        return shard, int(columns["offset"][row]), int(columns["size"][row])
 
 
-def _max_open_shards() -> int | None:
-    """An eighth of the open files that the process may have.
+def _cache_folder(cache_dir: str | Path | None, manifest: Manifest) -> Path | None:
+    return None if cache_dir is None else Path(cache_dir) / manifest.sha256
 
-    A shard takes two, so that two sources leave half to others.
-    """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if limit == resource.RLIM_INFINITY else max(1, limit // 8)
+
+def _far_store(
+    remote: Remote, shards: Sequence[ShardInfo], folder: Path | None, cache_bytes: int | None
+) -> Store:
+    """Return the store of shards below a URL: through a cache `folder`, or without one."""
+    _check_names(remote, shards)
+    if folder is None:
+        return RangedStore(remote, shards)
+    return CachedStore(remote, shards, folder, cache_bytes)
+
+
+def _fetch_manifest(remote: Remote) -> Manifest:
+    manifest = Manifest.parse(remote.read(MANIFEST), remote.url)
+    _check_names(remote, manifest.shards)
+    return manifest
+
+
+def _check_names(remote: Remote, shards: Sequence[ShardInfo]) -> None:
+    for shard in shards:
+        if PurePosixPath(shard.name).name != shard.name:  # it becomes a path in the cache folder
+            raise DataError(
+                f"{remote.url}/{MANIFEST} names a shard {shard.name!r}, which is no file name: "
+                "shards in several folders are read from a folder of this machine alone"
+            )
+
+
+def _fetch_columns(
+    remote: Remote, shards: Sequence[ShardInfo], folder: Path | None
+) -> list[Columns]:
+    """Return the columns of every shard; with a cache `folder`, their files are kept in it."""
+    if folder is None:
+        indexes = _fetch_indexes(remote, shards, {})
+    else:
+        try:
+            indexes = _cached_indexes(remote, shards, folder)
+        except OSError as error:
+            raise unusable(folder, error) from error
+    pairs = zip(indexes, shards, strict=True)
+    return [read_columns(index, shard, remote.url) for index, shard in pairs]
+
+
+def _cached_indexes(remote: Remote, shards: Sequence[ShardInfo], folder: Path) -> list[bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "index.lock"):  # one process of a machine fetches, the others find
+        for torn in folder.glob("*.idx.part*"):  # of one that was killed here
+            torn.unlink()
+        known = dict[str, bytes]()
+        for shard in shards:
+            with suppress(FileNotFoundError):
+                index = (folder / index_name(shard)).read_bytes()
+                if hashlib.sha256(index).hexdigest() == shard.index_sha256:
+                    known[shard.name] = index
+        indexes = _fetch_indexes(remote, shards, known)
+        for shard, index in zip(shards, indexes, strict=True):
+            if shard.name not in known:
+                write_atomically(folder / index_name(shard), index)
+    return indexes
+
+
+def _fetch_indexes(
+    remote: Remote, shards: Sequence[ShardInfo], known: dict[str, bytes]
+) -> list[bytes]:
+    """Return the index of every shard, from the URL unless it is `known`."""
+    begun = {
+        shard.name: remote.start(index_name(shard), sha256=shard.index_sha256)
+        for shard in shards
+        if shard.name not in known
+    }
+    return [known.get(shard.name) or begun[shard.name].result() for shard in shards]

@@ -23,7 +23,7 @@ usage: foveate COMMAND ...
 commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
   export RUN        write a finished run as a bundle for another library
-  data              fetch and pack data sets
+  data              fetch, pack, index and verify data sets; show, bench and doctor what runs see
   demo              pretrain on CIFAR-10 in minutes, crash, resume and export
 
 foveate COMMAND --help says more.
@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
         "export": lambda rest: python_module("trainer.export", rest),
-        "data": lambda rest: python_module("data", rest),
+        "data": data,
         "demo": demo,
     }
     try:
@@ -123,6 +123,12 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     run_dir = rundir.prepare(config)
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)
+
+
+def data(arguments: list[str]) -> int:
+    """Make data sets ready, or look at them as a run does."""
+    looks = arguments[:1] in (["show"], ["bench"], ["doctor"])
+    return python_module("trainer.data_tools" if looks else "data", arguments)
 
 
 def demo(arguments: list[str]) -> int:

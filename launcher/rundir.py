@@ -16,7 +16,8 @@ import uuid
 from importlib import metadata
 from pathlib import Path
 
-from trainer.config import DataConfig, RunConfig, UserError, flatten
+from trainer.config import RunConfig, UserError, flatten
+from trainer.sections import DataConfig
 
 PACKAGES = ("launcher", "trainer", "models", "data")
 CODE = Path(__file__).resolve().parents[1]
@@ -26,7 +27,8 @@ CODE = Path(__file__).resolve().parents[1]
 # its data lie (the checkpoint knows their fingerprint), but not what is computed.
 _FREE = (
     "run_dir", "backend.", "memory.", "log.", "checkpoint.", "eval.every_epochs", "eval.batch_size",
-    "data.train", "data.val", "data.num_workers", "data.prefetch", "train.accumulate",
+    "data.source", "data.train", "data.val", "data.allow_unmixed", "data.max_bad",
+    "data.num_workers", "data.prefetch", "train.accumulate",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def run_distributed(
         return [_result(folder, rank) for rank in range(world_size)]
 
 
+def prepared_context() -> ForkServerContext:
+    """Return what starts processes as forks of one that did nothing but import.
+
+    Importing takes seconds, of each process that has to do it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.loop", "torch._dynamo"])
+    return context
+
+
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
@@ -65,9 +76,7 @@ def free_port() -> int:
 def _start(
     fn: Callable[..., Any], world_size: int, args: tuple[object, ...], folder: Path, timeout: float
 ) -> Sequence[BaseProcess]:
-    # Ranks are forked from a process that did nothing but import: importing takes them seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop", "torch._dynamo"])
+    context = prepared_context()
     environment = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",

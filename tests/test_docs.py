@@ -10,7 +10,7 @@ import torch
 from docs.draw_models import outputs
 from models import build
 from models.registry import MODELS
-from trainer.config import ModelConfig
+from trainer.sections import ModelConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "models.md").read_text()

@@ -22,6 +22,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 OWNERS = {
     "deepspeed": ("trainer/backends/zero.py",),
     "ffcv": ("data/ffcv.py",),
+    "fsspec": ("data/remote.py",),
     "webdataset": ("data/webdataset.py", "data/pack.py"),
     "tensorboard": ("trainer/metrics.py",),
     "accelerate": ("trainer/finetune/",),
@@ -62,10 +63,11 @@ MODULES = {_module(path) for path in FILES}
 # What a package may import of the others. The trainer knows the public side of models and data;
 # launcher.process is how a worker learns its place in the run and reports its end.
 ALLOWED = {
-    "launcher": {"trainer.config", "trainer.recipes"},
+    "launcher": {"trainer.config", "trainer.recipes", "trainer.sections"},
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
-        *("data.base", "data.pipeline", "data.augment", "data.mixing", "data.randomness"),
+        *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
+        *("data.mixing", "data.randomness", "data.order", "data.ledger"),
     },
     "models": set(),
     "data": set(),
@@ -85,7 +87,7 @@ EXCEPTIONS = {
 
 
 # Of the trainer, what the launcher imports, and what that imports in turn.
-TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.typed_json"}
+TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"}
 
 
 def _allowed(importer: str, imported: str) -> bool:

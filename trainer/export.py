@@ -33,7 +33,8 @@ from models.transnext import TransNeXtConfig
 
 from . import manifest
 from .checkpoint import check_model, read_state
-from .config import ModelConfig, RunConfig, UserError
+from .config import RunConfig, UserError
+from .sections import ModelConfig
 
 HOME = Path(__file__).resolve().parent.parent
 MODEL_FILE = "foveate_model.py"

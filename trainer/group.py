@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -56,3 +58,10 @@ def gloo_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup), "a group of all ranks has this one in it"
     return group
+
+
+def gather(value: dict[str, Any], group: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """Return the values that all ranks of `group` gave, by rank; they are plain, as in JSON."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

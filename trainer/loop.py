@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from itertools import zip_longest
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.augment import AugmentSpec, EvalSpec
-from data.base import Batch, Cursor, Source
-from data.mixing import Mixer, MixSpec, normalize
-from data.pipeline import ImagePipeline, eval_batches, open_source
+from data.augment import EvalSpec
+from data.base import Batch, Cursor
+from data.ledger import settle
+from data.mixing import normalize
+from data.pipeline import eval_batches
 from data.randomness import drop_noise
 from launcher.process import Process
 from models.layers import micro_batch
@@ -28,10 +29,11 @@ from .backends.ddp import DDPBackend
 from .backends.fsdp import FSDPBackend
 from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
 from .checkpoint import Checkpointer, State
-from .config import RunConfig, UserError
+from .config import RunConfig
 from .ema import EMA
 from .evaluate import evaluate
-from .group import gloo_group, join
+from .group import gather, gloo_group, join
+from .inputs import make_mixer, make_pipeline, open_val
 from .metrics import MetricLogger
 from .optim import learning_rate
 from .signals import Signals
@@ -61,6 +63,8 @@ class Trainer:
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
+        for _, side in config.train.image_sides():  # a size that does not fit is an error now
+            self._fit(side)
         wrap_blocks(self.bare_model, config.memory)
         synchronise_batch_norm(self.bare_model)
         self.backend: Backend = BACKENDS[config.backend.name](self.device)
@@ -73,6 +77,7 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
         )
         self.state = self.saved = self._restore()
+        self.group = gloo_group()
         self.signals = Signals(gloo_group())
         self.metrics = MetricLogger(
             self.run_dir,
@@ -107,6 +112,8 @@ class Trainer:
                 self.state = self.state.advance(cursor)
                 self.metrics.train(self.state.step, values, lr=lr)
                 self._check_numerics()
+                if cursor.samples == 0:
+                    self._check_epoch()
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
                     self._save()
@@ -121,6 +128,7 @@ class Trainer:
         for micro in range(accumulate):
             with self.metrics.waiting_for_data():
                 batch, cursor = next(stream)
+            self._fit(batch.images.shape[1])
             last = micro == accumulate - 1
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast():
@@ -134,6 +142,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
+
+    def _fit(self, side: int) -> None:
+        """Set the model for square images of `side` pixels."""
+        if self.bare_model.size != (side, side):
+            self.bare_model.reset_buffers((side, side))
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.train.precision == "bf16"
@@ -195,6 +208,7 @@ class Trainer:
 
     def _accuracy(self) -> dict[str, float] | None:
         data, world_size = self.config.data, dist.get_world_size()
+        self._fit(self.config.model.img_size)
         batches = eval_batches(
             self.val,
             EvalSpec(
@@ -226,11 +240,35 @@ class Trainer:
 
     def _save(self) -> None:
         self.metrics.flush()  # a run that goes on from here has reported every step before
-        record = {"state": self.state.to_dict(), "model": self.config.model.name}
+        state = replace(self.state, cursor=self._settled_cursor())
+        record = {"state": state.to_dict(), "model": self.config.model.name}
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
         self.saved = self.state
         if not self.config.checkpoint.async_save:
             self.checkpointer.wait()
+
+    def _settled_cursor(self) -> Cursor:
+        """Return what all ranks together have to say of the data so far.
+
+        Raises:
+            DataError: if more images had to be replaced than may be.
+        """
+        cursor = self.state.cursor
+        settled = settle([Cursor.from_dict(c) for c in gather(cursor.to_dict(), self.group)])
+        self.pipeline.check_replaced(settled.quarantine)
+        return settled
+
+    def _check_epoch(self) -> None:
+        """Prove that the epoch that ended showed each image once."""
+        cursor = self._settled_cursor()
+        self.pipeline.check_epoch(cursor)
+        self.metrics.event(
+            "audit",
+            self.state.step,
+            epoch=cursor.epoch - 1,
+            shown=cursor.audit.count,
+            quarantined=len(cursor.quarantine),
+        )
 
     def _kept_best(self) -> int | None:
         return self.state.best_step if self.config.checkpoint.keep_best else None
@@ -283,76 +321,3 @@ class Trainer:
         self.metrics.close()
         dist.barrier()  # nobody leaves while another still needs its answers
         return complete
-
-
-def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
-    """Open the training split.
-
-    Raises:
-        UserError: if its classes are not those of the model.
-        DataError: if it cannot be opened or is smaller than a batch.
-    """
-    data = config.data
-    source = open_source(data.source, data.train)
-    if len(source.classes) != config.model.num_classes:
-        raise UserError(
-            f"{data.train} has {len(source.classes)} classes but model.num_classes is "
-            f"{config.model.num_classes}: set --model.num-classes {len(source.classes)}"
-        )
-    augment = AugmentSpec(
-        size=config.model.img_size,
-        scale=data.crop_scale,
-        ratio=data.crop_ratio,
-        interpolation=data.interpolation,
-        hflip=data.hflip,
-        auto_augment=data.auto_augment,
-        color_jitter=data.color_jitter,
-        mean=data.mean,
-    )
-    return ImagePipeline(
-        source,
-        augment=augment,
-        global_batch=config.train.batch_size,
-        micro_batches=config.train.accumulate,
-        mix_group=data.mix_group,
-        repeats=data.repeats,
-        seed=config.train.seed,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        device=device,
-    )
-
-
-def open_val(config: RunConfig, *, classes: tuple[str, ...]) -> Source:
-    """Open the evaluation split, whose labels must mean the same `classes` as the training's.
-
-    Raises:
-        UserError: if they do not.
-        DataError: if it cannot be opened.
-    """
-    data = config.data
-    val = open_source(data.source, data.val)
-    if val.classes != classes:
-        pairs = zip_longest(classes, val.classes, fillvalue="missing")
-        label, (ours, its) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise UserError(
-            f"{data.val} has other classes than {data.train}: class {label} is {its}, not {ours}; "
-            "both must have the same, in the same order"
-        )
-    return val
-
-
-def make_mixer(config: RunConfig) -> Mixer:
-    """Return what turns a batch of pixels into network inputs and soft targets."""
-    data = config.data
-    spec = MixSpec(
-        num_classes=config.model.num_classes,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        switch_prob=data.mix_switch_prob,
-        label_smoothing=config.train.label_smoothing,
-        erase_prob=data.erase_prob,
-        mean=data.mean,
-        std=data.std,
-    )
-    return Mixer(spec, seed=config.train.seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import OptimConfig
+from .sections import OptimConfig
 
 
 def adamw(tensors: dict[str, Tensor], decayed: set[str], config: OptimConfig) -> torch.optim.AdamW:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from .config import (
+from .config import RunConfig, UserError, nearest
+from .sections import (
     BackendConfig,
     CheckpointConfig,
     DataConfig,
@@ -21,10 +22,7 @@ from .config import (
     MemoryConfig,
     ModelConfig,
     OptimConfig,
-    RunConfig,
     TrainConfig,
-    UserError,
-    nearest,
 )
 
 

@@ -125,76 +125,94 @@ static void columns_plain(const Axis *axis, const uint8_t *input, size_t length,
 
 #if defined(__x86_64__)
 
-/* Two rows at a time, one in each half of the registers; four inputs a step. */
-__attribute__((target("avx2"))) static void rows_avx2(const Axis *axis, const uint8_t *one,
-                                                      const uint8_t *two, uint8_t *out_one,
-                                                      uint8_t *out_two, int flip) {
+#define AVX2 __attribute__((target("avx2")))
+
+enum { TOGETHER = 4 /* rows */, COLUMNS = 32 /* bytes */ };
+
+/* Two weights side by side, as often as there is room. */
+AVX2 static inline __m256i weight_pair(const int16_t *weights) {
+    int both;
+    memcpy(&both, weights, sizeof both);
+    return _mm256_set1_epi32(both);
+}
+
+/* Add four weighted pixels of two rows to their sums: red, green, blue, X of each. */
+AVX2 static inline __m256i add_pixels(__m256i sums, const uint8_t *lower, const uint8_t *upper,
+                                      const int16_t *weights) {
     /* Of two pixels: their reds side by side as 16 bits, their greens, blues, and X. */
     const __m256i pair = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
     const __m256i next = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1));
-    const __m256i half = _mm256_set1_epi32(HALF);
-    int taps = axis->taps;
+    __m256i pixels = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)lower));
+    pixels = _mm256_inserti128_si256(pixels, _mm_loadu_si128((const __m128i *)upper), 1);
+    __m256i two = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pair), weight_pair(weights));
+    __m256i more = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, next), weight_pair(weights + 2));
+    return _mm256_add_epi32(_mm256_add_epi32(sums, two), more);
+}
+
+/* Output i of four rows as RGBX: of rows 0 and 2 in the lower half, of 1 and 3 in the upper. */
+AVX2 static inline __m256i pixel_avx2(const Axis *axis, const uint8_t *const *rows, int i) {
+    const int16_t *weights = axis->weights + (size_t)i * (size_t)axis->taps;
+    size_t at = (size_t)(axis->first[i] - axis->begin) * PIXEL;
+    __m256i sums = _mm256_set1_epi32(HALF), others = sums;
+    for (int t = 0; t < axis->taps; t += 4, at += 4 * PIXEL) {
+        sums = add_pixels(sums, rows[0] + at, rows[1] + at, weights + t);
+        others = add_pixels(others, rows[2] + at, rows[3] + at, weights + t);
+    }
+    sums = _mm256_packs_epi32(_mm256_srai_epi32(sums, BITS), _mm256_srai_epi32(others, BITS));
+    return _mm256_packus_epi16(sums, sums);
+}
+
+AVX2 static void rows_avx2(const Axis *axis, const uint8_t *const rows[TOGETHER],
+                           uint8_t *const out[TOGETHER], int flip) {
     for (int x = 0; x < axis->size; x++) {
-        int i = flip ? axis->size - 1 - x : x;
-        const int16_t *weights = axis->weights + (size_t)i * (size_t)taps;
-        size_t offset = (size_t)(axis->first[i] - axis->begin) * PIXEL;
-        __m256i sums = half;
-        for (int t = 0; t < taps; t += 4, offset += 4 * PIXEL) {
-            __m256i pixels = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(one + offset))),
-                _mm_loadu_si128((const __m128i *)(two + offset)), 1);
-            int weight[2];
-            memcpy(weight, weights + t, sizeof weight);
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pair),
-                                                            _mm256_set1_epi32(weight[0])));
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, next),
-                                                            _mm256_set1_epi32(weight[1])));
-        }
-        sums = _mm256_srai_epi32(sums, BITS);
-        sums = _mm256_packs_epi32(sums, sums);
-        sums = _mm256_packus_epi16(sums, sums);
-        int rgbx[2] = {_mm256_extract_epi32(sums, 0), _mm256_extract_epi32(sums, 4)};
+        __m256i all = pixel_avx2(axis, rows, flip ? axis->size - 1 - x : x);
+        __m128i even = _mm256_castsi256_si128(all), odd = _mm256_extracti128_si256(all, 1);
+        uint32_t rgbx[TOGETHER] = {
+            (uint32_t)_mm_cvtsi128_si32(even), (uint32_t)_mm_cvtsi128_si32(odd),
+            (uint32_t)_mm_extract_epi32(even, 1), (uint32_t)_mm_extract_epi32(odd, 1)};
         /* Of the fourth byte the next pixel takes the place. */
-        size_t length = x + 1 < axis->size ? 4 : 3;
-        memcpy(out_one + 3 * x, rgbx, length);
-        memcpy(out_two + 3 * x, rgbx + 1, length);
+        if (x + 1 < axis->size)
+            for (int i = 0; i < TOGETHER; i++) memcpy(out[i] + 3 * x, &rgbx[i], 4);
+        else
+            for (int i = 0; i < TOGETHER; i++) memcpy(out[i] + 3 * x, &rgbx[i], 3);
     }
 }
 
-__attribute__((target("avx2"))) static size_t columns_avx2(const Axis *axis, const uint8_t *input,
-                                                           size_t length, uint8_t *out) {
-    const __m256i half = _mm256_set1_epi32(HALF);
+/* 32 bytes of a row that is the weighted sum of `taps` rows from `top` on. */
+AVX2 static inline __m256i column_avx2(const uint8_t *top, size_t length, const int16_t *weights,
+                                       int taps) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sums[4];
+    for (int i = 0; i < 4; i++) sums[i] = _mm256_set1_epi32(HALF);
+    for (int t = 0; t < taps; t += 2, top += 2 * length) {
+        __m256i above = _mm256_loadu_si256((const __m256i *)top), below = above;
+        if (t + 1 < taps) below = _mm256_loadu_si256((const __m256i *)(top + length));
+        __m256i low = _mm256_unpacklo_epi8(above, below), both = weight_pair(weights + t);
+        __m256i high = _mm256_unpackhi_epi8(above, below);
+        __m256i words[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
+                            _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
+        for (int i = 0; i < 4; i++)
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(words[i], both));
+    }
+    for (int i = 0; i < 4; i++) sums[i] = _mm256_srai_epi32(sums[i], BITS);
+    return _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]),
+                               _mm256_packs_epi32(sums[2], sums[3]));
+}
+
+AVX2 static size_t columns_avx2(const Axis *axis, const uint8_t *input, size_t length,
+                                uint8_t *out) {
     int rows = axis->end - axis->begin;
-    size_t whole = length / 16 * 16;
+    size_t whole = length / COLUMNS * COLUMNS;
     for (int y = 0; y < axis->size; y++, out += length) {
         const int16_t *weights = axis->weights + (size_t)y * (size_t)axis->taps;
         int first = axis->first[y] - axis->begin;
         int taps = rows - first < axis->taps ? rows - first : axis->taps;
+        while (taps > 1 && weights[taps - 1] == 0) taps--; /* they only fill up to 4 */
         const uint8_t *top = input + (size_t)first * length;
-        for (size_t x = 0; x < whole; x += 16) {
-            __m256i low = half, high = half;
-            for (int t = 0; t < taps; t += 2) {
-                const uint8_t *above = top + (size_t)t * length + x;
-                const uint8_t *below = t + 1 < taps ? above + length : above;
-                __m128i a = _mm_loadu_si128((const __m128i *)above);
-                __m128i b = _mm_loadu_si128((const __m128i *)below);
-                int weight;
-                memcpy(&weight, weights + t, sizeof weight);
-                __m256i both = _mm256_set1_epi32(weight);
-                low = _mm256_add_epi32(
-                    low, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b)), both));
-                high = _mm256_add_epi32(
-                    high, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b)), both));
-            }
-            __m256i words =
-                _mm256_packs_epi32(_mm256_srai_epi32(low, BITS), _mm256_srai_epi32(high, BITS));
-            words = _mm256_permute4x64_epi64(words, 0xD8);
-            __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                             _mm256_extracti128_si256(words, 1));
-            _mm_storeu_si128((__m128i *)(out + x), bytes);
-        }
+        for (size_t x = 0; x < whole; x += COLUMNS)
+            _mm256_storeu_si256((__m256i *)(out + x), column_avx2(top + x, length, weights, taps));
     }
     return whole;
 }
@@ -213,12 +231,16 @@ void resample_rows(const Axis *axis, const uint8_t *const *inputs, int rows, uin
                    size_t stride, int flip) {
     int row = 0;
 #if defined(__x86_64__)
-    if (has_avx2())
-        for (; row < rows; row += 2) {
-            int other = row + 1 < rows ? row + 1 : row;
-            rows_avx2(axis, inputs[row], inputs[other], out + (size_t)row * stride,
-                      out + (size_t)other * stride, flip);
+    for (; row < rows && has_avx2(); row += TOGETHER) {
+        const uint8_t *in[TOGETHER];
+        uint8_t *to[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) {
+            int other = row + i < rows ? row + i : rows - 1;
+            in[i] = inputs[other];
+            to[i] = out + (size_t)other * stride;
         }
+        rows_avx2(axis, in, to, flip);
+    }
 #endif
     for (; row < rows; row++) rows_plain(axis, inputs[row], out + (size_t)row * stride, flip);
 }

@@ -1,6 +1,7 @@
 """Pictures for the tests of the data plane."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,17 @@ def photograph(width=500, height=375):
     pixels = 128 + 60 * pixels / pixels.std()
     pixels[:, height // 3 : height // 2, width // 4 : width // 2] += 70
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+FOLDER = Path(__file__).parent / "photos"
+PHOTOGRAPHS = ("drawn", "seeding.jpg", "fruits.jpg")  # made up, and real ones
+
+
+def named_photograph(name, width=240, height=160):
+    """One of PHOTOGRAPHS."""
+    if name == "drawn":
+        return photograph(width, height)
+    return Image.open(FOLDER / name).convert("RGB").resize((width, height))
 
 
 def encode(picture, kind, **options):

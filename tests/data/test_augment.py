@@ -1,6 +1,7 @@
-"""Decoding, cropping, resizing and jitter against torchvision and timm, on a made-up photograph."""
+"""Decoding, cropping and resizing against torchvision and timm, on a made-up photograph."""
 
 import io
+import random
 import zlib
 
 import numpy as np
@@ -8,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 from torchvision.transforms.v2 import functional as F2
 
-from data.augment import AugmentSpec, EvalSpec, crop_box, jitter
+from data.augment import AugmentSpec, EvalSpec, crop_box
 from data.base import DataError
 from data.decode import Geometry, decode
-from data.randomness import Purpose, uniforms
 from tests.data.pictures import as_samples, encode, photograph
 
 PHOTO = encode(photograph(), "JPEG", quality=92)
@@ -76,14 +77,16 @@ def test_small_images_at_native_size_are_left_alone():
     assert np.array_equal(evaluation_view(EvalSpec(size=32, crop_pct=1.0), image), pixels)
 
 
-def test_crops_are_distributed_like_torchvisions():
+@pytest.mark.parametrize("published", [RandomResizedCrop, RandomResizedCropAndInterpolation])
+def test_crops_are_distributed_like_torchvisions_and_timms(published):
     scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
     spec = AugmentSpec(scale=scale, ratio=ratio)
     rows = spec._crop_draws(np.arange(count), seed=0, epoch=0)
-    boxes = np.array([spec._geometry(rows, row, 500, 333).box for row in range(count)])
+    boxes = np.array([spec._geometry(rows, spec.size, row, 500, 333).box for row in range(count)])
     torch.manual_seed(0)
+    random.seed(0)
     blank = Image.new("RGB", (500, 333))
-    theirs = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])
+    theirs = np.array([published.get_params(blank, scale, ratio) for _ in range(count)])
     theirs = theirs[:, [1, 0, 3, 2]]  # left, top, width, height
     ours = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
     assert ours[:, :2].min() >= 0
@@ -114,8 +117,9 @@ def views(spec, ids, *, image=PHOTO, seed=1, epoch=0):
     "spec",
     [
         AugmentSpec(size=24),
-        AugmentSpec(size=24, interpolation="random", color_jitter=0.4),
+        AugmentSpec(size=24, interpolation="random", auto_augment="v0-mstd0.5"),
         AugmentSpec(size=24, auto_augment="rand-m9-mstd0.5-inc1"),
+        AugmentSpec(size=24, auto_augment="augmix-m5"),
     ],
 )
 def test_a_view_depends_on_seed_epoch_and_id_alone(spec):
@@ -144,14 +148,19 @@ def test_half_of_the_views_are_mirrored():
     assert 70 < mirrored.all(axis=(1, 2, 3)).sum() < 130
 
 
-def test_jitter_scales_each_property_within_its_limits():
-    picture = photograph(60, 40)
-    draws = uniforms(0, 0, np.arange(300), Purpose.COLOR_JITTER, count=6)
-    means = [np.asarray(jitter(picture, row, strength=0.4)).mean() for row in draws]
-    base = np.asarray(picture).mean()
-    assert 0.55 * base < min(means) < 0.75 * base
-    assert 1.2 * base < max(means) < 1.45 * base
-    assert np.array_equal(np.asarray(jitter(picture, draws[0], strength=0.0)), np.asarray(picture))
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_policy_resamples_as_the_crop_does(interpolation):
+    whole = {"scale": (1.0, 1.0), "ratio": (4 / 3, 4 / 3), "size": 64, "hflip": 0.0}
+    image = encode(photograph(64, 48), "PNG")
+
+    def warped(interpolation):
+        spec = AugmentSpec(auto_augment="rand-p1-n1", interpolation=interpolation, **whole)
+        return views(spec, range(60), image=image)
+
+    mixed, expected = warped("random"), warped(interpolation)
+    same = (mixed == expected).all(axis=(1, 2, 3))
+    assert same.any()
+    assert not same.all()
 
 
 @pytest.mark.parametrize(

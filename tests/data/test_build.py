@@ -285,3 +285,30 @@ def test_a_killed_index_goes_on(tmp_path, workers, scans):
     assert len(scans) <= 12 - found
     assert not list(tmp_path.glob("*.part*"))
     verify(tmp_path, progress=quiet)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_an_index_apart_leads_to_the_shards(nested, tmp_path, headers_only):
+    near, far = build(nested, progress=quiet), tmp_path / "far"
+    build(nested, out=far, headers_only=headers_only, progress=quiet)
+    ours, theirs = TarSource(far), TarSource(nested)
+    assert (ours.fingerprint == near.fingerprint) != headers_only
+    for id in range(len(theirs)):
+        assert ours.read(id).image == theirs.read(id).image
+        assert ours.name(id) == theirs.name(id)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_an_index_apart_leads_to_shards_of_a_url(tmp_path, cached, headers_only):
+    for name in ("a", "b"):
+        write_photos(tmp_path / "set" / f"{name}.tar")
+    build(tmp_path / "set", progress=quiet)
+    far, theirs = tmp_path / "far", TarSource(tmp_path / "set")
+    manifest = build(tmp_path / "set", out=far, headers_only=headers_only, progress=quiet)
+    text = (far / "manifest.json").read_text()
+    (far / "manifest.json").write_text(text.replace(manifest.base, f"local://{manifest.base}"))
+    ours = TarSource(far, tmp_path / "cache" if cached else None)
+    assert [ours.read(id).image for id in range(8)] == [theirs.read(id).image for id in range(8)]
+    assert ours.name(5) == f"local://{tmp_path / 'set'}/b.tar:1.jpg (sample 5)"
+    ours.close()

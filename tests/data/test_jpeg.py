@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import jpeg
 from data.decode import RESAMPLING, Geometry, decode, decode_whole
-from tests.data.pictures import as_samples, encode, photograph
+from tests.data.pictures import FOLDER, as_samples, encode, photograph
 
 pytestmark = pytest.mark.skipif(not jpeg.works(), reason="built without libjpeg-turbo's headers")
 
@@ -68,6 +68,19 @@ def test_a_part_is_to_the_bit_that_of_the_whole(kind, data):
     assert (regions is not None) == (kind in INDEXED)
     for index in (None, regions):
         assert np.array_equal(fast(image, plan, regions=index), expected)
+
+
+@pytest.mark.parametrize("name", ["seeding.jpg", "fruits.jpg"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_part_of_a_real_photograph_is_to_the_bit_that_of_the_whole(name, data):
+    image = (FOLDER / name).read_bytes()
+    whole = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+    box = data.draw(boxes(whole.shape[1::-1]))
+    plan = Geometry(box, (box[2] - box[0], box[3] - box[1]))
+    for regions in (None, jpeg.build_regions(image)):
+        found = fast(image, plan, regions=regions)
+        assert np.array_equal(found, whole[box[1] : box[3], box[0] : box[2]])
 
 
 @pytest.mark.parametrize("kind", sorted(INDEXED))

@@ -1,12 +1,14 @@
 """On-device mixing against a plain loop in float64, and its draws against their distributions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from data.base import Batch, DataError
+from data.color import ColorSpec, recolor
 from data.mixing import (
     Mixer,
     MixSpec,
@@ -29,6 +31,7 @@ def make_batch(first=0, size=64, *, height=12, width=10, epoch=3):
         images=images.to(torch.uint8),
         labels=torch.randint(0, 7, (size,), generator=generator),
         ids=positions.clone(),
+        planned=positions.clone(),
         positions=positions,
         valid=torch.ones(size, dtype=torch.bool),
         epoch=epoch,
@@ -100,6 +103,20 @@ def test_mixing_equals_a_loop_over_samples(spec):
     np.testing.assert_allclose(targets.numpy(), expected_targets, atol=1e-6)
 
 
+COLOR = ColorSpec(color_jitter=(0.4, 0.4, 0.4, 0.1), grayscale_prob=0.2, solarize_prob=0.2)
+
+
+def test_colours_are_augmented_before_mixing():
+    batch = make_batch(first=64)
+    mixer = Mixer(replace(FULL, color=COLOR), seed=5)
+    images, targets = mixer(batch)
+    colored = recolor(batch.images, COLOR, batch.positions.numpy(), seed=5, epoch=batch.epoch)
+    expected, expected_targets = Mixer(FULL, seed=5)(replace(batch, images=colored))
+    assert torch.equal(images, expected)
+    assert torch.equal(targets, expected_targets)
+    assert not torch.equal(images, Mixer(FULL, seed=5)(batch)[0])
+
+
 def test_outputs_are_channels_last_and_leave_the_batch_alone():
     batch = make_batch()
     before = batch.images.clone()
@@ -111,18 +128,19 @@ def test_outputs_are_channels_last_and_leave_the_batch_alone():
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_a_share_of_the_batch_is_mixed_as_in_the_whole(world_size):
     batch = make_batch(first=192, size=48 * 8)
-    images, targets = Mixer(FULL, seed=4)(batch)
+    mixer = Mixer(replace(FULL, color=COLOR), seed=4)
+    images, targets = mixer(batch)
     share = len(images) // world_size
     for rank in range(world_size):
         rows = slice(rank * share, (rank + 1) * share)
         part = Batch(
             **{
                 name: getattr(batch, name)[rows]
-                for name in ("images", "labels", "ids", "positions", "valid")
+                for name in ("images", "labels", "ids", "planned", "positions", "valid")
             },
             epoch=batch.epoch,
         )
-        part_images, part_targets = Mixer(FULL, seed=4)(part)
+        part_images, part_targets = mixer(part)
         assert torch.equal(part_images, images[rows])
         assert torch.equal(part_targets, targets[rows])
 

@@ -1,4 +1,6 @@
-"""The order of training: a permutation per epoch, cut the same way whoever shares the batch."""
+"""The order of training: a permutation of the samples in every epoch."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.base import Cursor, DataError, Shard
-from data.order import FullShuffle, Order
-from data.schedule import Schedule, evaluation_ids
+from data.folder import ArraySource
+from data.order import FullShuffle, Order, StreamShuffle, stream_shuffle
+from data.schedule import Schedule
 
-START = Cursor(epoch=0, samples=0, seed=5, index="")
-WORLDS = (1, 2, 3, 4, 8)
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
 
 @settings(deadline=None)
@@ -80,98 +82,105 @@ def test_no_repeats_at_all_are_refused():
         Order(shuffle=FullShuffle(num_samples=10, seed=0), repeats=0)
 
 
-def global_batch(schedule, cursor, world_size):
-    """Take one global batch on `world_size` ranks: its positions in order, and the next cursor."""
-    parts, epochs = [], set()
-    for _ in range(schedule.micro_batches):
-        slices = [
-            schedule.take(cursor, Shard(rank=rank, world_size=world_size))
-            for rank in range(world_size)
-        ]
-        assert len({part.cursor for part in slices}) == 1, "ranks disagree about the cursor"
-        parts += [part.positions for part in slices]
-        epochs |= {part.epoch for part in slices}
-        cursor = slices[0].cursor
-    assert len(epochs) == 1, "a global batch spans two epochs"
-    return epochs.pop(), np.concatenate(parts), cursor
+def stream(sizes, **settings):
+    settings = {"seed": 3, "lanes": 1, "window": 8} | settings
+    return StreamShuffle(shard_sizes=np.array(sizes, np.int64), **settings)
 
 
 @settings(deadline=None)
-@given(
-    st.integers(96, 1000),
-    st.lists(st.tuples(st.sampled_from(WORLDS), st.sampled_from([1, 2])), min_size=5, max_size=40),
-)
-def test_global_batches_do_not_depend_on_world_size_or_accumulation(num_samples, topologies):
-    cursor = START
-    steps_per_epoch = num_samples // 96
-    for step, (world_size, micro_batches) in enumerate(topologies):
-        schedule = Schedule(num_positions=num_samples, global_batch=96, micro_batches=micro_batches)
-        epoch, positions, cursor = global_batch(schedule, cursor, world_size)
-        first = step % steps_per_epoch * 96
-        assert epoch == step // steps_per_epoch
-        assert positions.tolist() == list(range(first, first + 96))
-        assert cursor.epoch * steps_per_epoch * 96 + cursor.samples == (step + 1) * 96
+@given(SIZES, st.integers(1, 9), st.integers(1, 50), st.integers(0, 3))
+def test_a_stream_shows_every_sample_once_or_says_that_it_leaves_it_out(
+    sizes, lanes, window, epoch
+):
+    if sum(sizes) < lanes:
+        with pytest.raises(DataError, match=f"do not fill {lanes} lanes"):
+            stream(sizes, lanes=lanes)
+        return
+    shuffle = stream(sizes, lanes=lanes, window=window)
+    ids = shuffle.ids(epoch, np.arange(shuffle.num_positions))
+    left_out = shuffle.left_out(epoch)
+    assert len(left_out) == sum(sizes) % lanes
+    assert np.sort(np.concatenate([ids, left_out])).tolist() == list(range(sum(sizes)))
 
 
-def test_the_cursor_counts_micro_batches_over_all_ranks():
-    schedule = Schedule(num_positions=100, global_batch=24, micro_batches=3)
-    part = schedule.take(START, Shard(rank=1, world_size=2))
-    assert part.positions.tolist() == [4, 5, 6, 7]
-    assert part.cursor.samples == 8
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 9), st.integers(1, 50), st.randoms())
+def test_a_stream_can_be_asked_in_any_order(sizes, lanes, window, random):
+    lanes = min(lanes, sum(sizes))
+    shuffle = stream(sizes, lanes=lanes, window=window)
+    positions = list(range(shuffle.num_positions))
+    scanned = dict(zip(positions, shuffle.ids(1, np.array(positions)).tolist(), strict=True))
+    random.shuffle(positions)
+    found = shuffle.ids(1, np.array(positions)).tolist()
+    assert found == [scanned[position] for position in positions]
+    assert shuffle.ids(1, np.array(positions[:1])).tolist() == found[:1]
 
 
-def test_the_remainder_is_dropped_and_the_epoch_rolls_over():
-    schedule = Schedule(num_positions=21, global_batch=8)
-    cursor = START
-    seen = []
-    for _ in range(4):
-        part = schedule.take(cursor, Shard(rank=0, world_size=1))
-        seen.append((part.epoch, part.positions[0]))
+@settings(deadline=None, max_examples=50)
+@given(SIZES, st.integers(1, 6), st.integers(1, 30), st.data())
+def test_the_next_use_of_a_shard_is_when_it_is_next_read(sizes, lanes, window, data):
+    """By hand: walk through the windows of some lanes, and see which shards each may touch."""
+    lanes = min(lanes, sum(sizes))
+    shuffle = stream(sizes, lanes=lanes, window=window)
+    first = data.draw(st.integers(0, lanes - 1))
+    ours = range(first, data.draw(st.integers(first + 1, lanes)))
+    place = data.draw(st.integers(0, shuffle.lane_length - 1))
+    ends = np.cumsum(sizes)
+    length = shuffle.lane_length
+    touched = {}  # shard -> the first place from `place` on whose window holds any of it
+    for step in range(2 * length - place):
+        epoch, now = divmod(place + step, length)
+        start = next(s for s in range(now, -1, -1) if is_window_start(shuffle, s))
+        end = next((e for e in range(now + 1, length) if is_window_start(shuffle, e)), length)
+        for lane in ours:
+            positions = np.arange(start, end) * lanes + lane
+            for shard in np.searchsorted(ends, shuffle.ids(epoch, positions), side="right"):
+                touched.setdefault(int(shard), step)
+    expected = [touched.get(shard, 2 * length) for shard in range(len(sizes))]
+    assert shuffle.next_use(0, place, ours).tolist() == expected
+
+
+def is_window_start(shuffle, place):
+    """Windows are of equal length to within one, and as few as that allows."""
+    count = -(-shuffle.lane_length // shuffle.window)
+    return place in {index * shuffle.lane_length // count for index in range(count)}
+
+
+def test_imagenet_sized_streams_are_planned_fast_in_little_memory():
+    """1.28 M samples in 1,281 shards on 64 ranks: what one rank reads, and what it costs."""
+    sizes = np.full(1281, 1000, np.int64)
+    shuffle = StreamShuffle(shard_sizes=sizes, seed=0, lanes=64, window=16_384)
+    schedule = Schedule(num_positions=shuffle.num_positions, global_batch=4096, lanes=64)
+    cursor = Cursor(epoch=0, samples=0, seed=0, index="")
+    shards = set()
+    tracemalloc.start()
+    for _ in range(16):
+        part = schedule.take(cursor, Shard(rank=5, world_size=64))
+        shards |= set((shuffle.ids(0, part.positions) // 1000).tolist())
         cursor = part.cursor
-    assert seen == [(0, 0), (0, 8), (1, 0), (1, 8)]
-    assert (cursor.epoch, cursor.samples) == (2, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(shards) <= 18, "a window of 16,384 lies in 18 shards of 1,000 at most"
+    assert peak < 5e6
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic():
-    pairs = Schedule(num_positions=1000, global_batch=100, micro_batches=2, mix_group=2)
-    with pytest.raises(DataError, match=r"100 does not divide by 12 = 3 processes × 2 micro-") as e:
-        pairs.take(START, Shard(rank=0, world_size=3))
-    assert "× 2 images that are mixed: use 96" in str(e.value)
-    alone = Schedule(num_positions=1000, global_batch=100, micro_batches=2)
-    with pytest.raises(DataError, match=r"by 6 = 3 processes × 2 micro-batches: use 102"):
-        alone.take(START, Shard(rank=0, world_size=3))
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_sorted_shards_are_not_streamed_unless_asked_for(num_classes):
+    labels = np.arange(4000) * num_classes // 4000
+    pixels = np.zeros((4000, 1, 1, 3), np.uint8)
+    source = ArraySource(images=pixels, labels=labels, classes=("x",) * num_classes)
 
+    class Sharded(ArraySource):
+        shard_sizes = np.full(40, 100, np.int64)
 
-def test_without_mixing_a_rank_may_get_a_single_sample():
-    schedule = Schedule(num_positions=9, global_batch=3)
-    ranks = [schedule.take(START, Shard(rank=rank, world_size=3)) for rank in range(3)]
-    assert [rank.positions.tolist() for rank in ranks] == [[0], [1], [2]]
+    def make(labels, **settings):
+        source = Sharded(images=pixels, labels=labels, classes=("x",) * num_classes)
+        return stream_shuffle(source, seed=0, lanes=4, window=200, **settings)
 
-
-def test_a_cursor_within_a_micro_batch_is_refused():
-    schedule = Schedule(num_positions=1000, global_batch=100)
-    cursor = Cursor(epoch=0, samples=50, seed=0, index="")
-    with pytest.raises(DataError, match="sample 50 of epoch 0"):
-        schedule.take(cursor, Shard(rank=0, world_size=1))
-
-
-def test_a_data_set_smaller_than_a_batch_is_refused():
-    with pytest.raises(DataError, match="10 samples, fewer than one global batch of 16"):
-        Schedule(num_positions=10, global_batch=16)
-
-
-@given(st.integers(1, 500), st.integers(1, 40), st.sampled_from(WORLDS))
-def test_evaluation_covers_every_id_once_in_equal_batches(num_samples, batch_size, world_size):
-    ranks = [
-        list(
-            evaluation_ids(
-                num_samples, batch_size=batch_size, shard=Shard(rank=rank, world_size=world_size)
-            )
-        )
-        for rank in range(world_size)
-    ]
-    assert len({len(batches) for batches in ranks}) == 1
-    assert all(len(ids) == batch_size for batches in ranks for ids in batches)
-    ids = np.concatenate([ids for batches in ranks for ids in batches])
-    assert np.sort(ids[ids >= 0]).tolist() == list(range(num_samples))
-    assert len(ids) - num_samples < batch_size * world_size
+    with pytest.raises(
+        DataError, match=r"sorted by class: [01]\.\d bits of class entropy per shard"
+    ):
+        make(labels)
+    assert make(labels, allow_unmixed=True).num_positions == 4000
+    assert make(np.random.default_rng(0).permutation(labels)).num_positions == 4000
+    assert stream_shuffle(source, seed=0, lanes=4, window=200).num_positions == 4000

@@ -14,6 +14,7 @@ from data.base import Batch, Cursor, DataError, Shard
 from data.folder import FolderSource, SyntheticSource
 from data.ledger import settle
 from data.mixing import Mixer, MixSpec
+from data.order import StreamShuffle
 from data.pipeline import ImagePipeline, eval_batches
 from data.randomness import drop_noise
 
@@ -232,3 +233,28 @@ def test_evaluation_left_early_ends_the_threads():
     next(batches)
     batches.close()
     assert not data_threads()
+
+
+@pytest.mark.parametrize(("rank", "num_lanes"), [(0, 4), (1, 2)])
+def test_a_source_is_told_when_each_shard_is_next_read(rank, num_lanes):
+    """Of all lanes that the ranks of a machine read, before each batch that may need it."""
+    told, sizes = [], np.full(10, 50, np.int64)
+
+    class Listening(SyntheticSource):
+        shard_sizes = sizes
+
+        def expect(self, next_use):
+            told.append(next_use)
+
+    source = Listening(num_samples=500, num_classes=5, size=12)
+    shuffle = StreamShuffle(shard_sizes=sizes, seed=3, lanes=4, window=16)
+    pipeline = make_pipeline(source, shuffle=shuffle, prefetch=1, num_workers=1)
+    here = {"first_here": 0, "ranks_here": 2} if num_lanes == 4 else {}
+    stream = pipeline.batches(pipeline.start(), Shard(rank=rank, world_size=2, **here))
+    lanes = range(4) if num_lanes == 4 else range(2, 4)
+    for step in range(2 * STEPS_PER_EPOCH):
+        next(stream)
+        epoch, batch = divmod(step + 1, STEPS_PER_EPOCH)  # the one that is planned ahead
+        place = batch * GLOBAL_BATCH // 4
+        assert np.array_equal(told[-1], shuffle.next_use(epoch, place, lanes))
+    stream.close()

@@ -128,7 +128,7 @@ def test_a_run_of_another_version_goes_on_by_the_command_that_its_refusal_names(
     run = rundir.prepare(_config(tmp_path / "a run"))
     newer = tmp_path / "newer"
     shutil.copytree(run / "code", newer)
-    config = newer / "trainer" / "config.py"
+    config = newer / "trainer" / "sections.py"
     config.write_text(
         config.read_text().replace("    lr: float", "    new: int = 1\n    lr: float")
     )

@@ -12,7 +12,7 @@ from models.base import ModelError
 from models.layers import BatchNorm, micro_batch, recomputing
 from tests.dist import run_distributed
 from trainer.backends.wrap import wrap_blocks
-from trainer.config import MemoryConfig
+from trainer.sections import MemoryConfig
 
 
 def random_map(*shape, seed=0, dtype=torch.float64):

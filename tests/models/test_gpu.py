@@ -15,7 +15,7 @@ from models.kernels import (
 from tests.models.golden_stream import arrays, deviation, document, golden_model, images, labels
 from tests.models.test_golden import check_buffers, check_gradients, logits_tolerance
 from trainer.backends.wrap import wrap_blocks
-from trainer.config import MemoryConfig
+from trainer.sections import MemoryConfig
 
 NAMES = ["transnext_micro", "transnext_tiny", "transxnet_t"]
 EPS = 1e-5

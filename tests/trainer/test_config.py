@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import (
-    MemoryConfig,
-    RunConfig,
-    UserError,
-    flatten,
-    nearest,
-    override,
-)
+from trainer.config import RunConfig, UserError, flatten, nearest, override
 from trainer.recipes import RECIPES, recipe
+from trainer.sections import MemoryConfig
 
 # What the papers and the official repositories publish: https://arxiv.org/abs/2311.17132 (its
 # appendix on ImageNet-1k training) and https://arxiv.org/abs/2310.19380 (section 4.1).

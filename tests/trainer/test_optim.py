@@ -7,9 +7,9 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from trainer.config import OptimConfig
 from trainer.optim import adamw, learning_rate
 from trainer.recipes import recipe
+from trainer.sections import OptimConfig
 
 STEPS_PER_EPOCH = 1251  # ImageNet-1k in batches of 1,024
 

@@ -48,13 +48,15 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
-    # TransXNet's BatchNorm buffers travel too; 25 steps, of which 20 follow the first checkpoint.
+    # TransXNet's BatchNorm buffers travel too; 25 steps, five an epoch, of which 21 follow the
+    # first checkpoint.
     arguments = ["--model.name", "transxnet_pico", "--train.epochs", "5"]
     arguments += ["--eval.every-epochs", "5"]
     before = tmp_path / "before"
-    run_distributed(train, 2, tiny_config(before, *arguments).to_json(), timeout=300)
+    config = tiny_config(before, *arguments, "--checkpoint.every", "4")
+    run_distributed(train, 2, config.to_json(), timeout=300)
     arguments += ["--checkpoint.every", "25"]
-    places = itertools.cycle(((1, 5), (3, 20)))
+    places = itertools.cycle(((1, 4), (3, 20)))
     for backend, (world_size, saved) in zip(BACKENDS, places, strict=False):
         after = tmp_path / f"{backend} on {world_size}"
         copy_checkpoint(before, after, step=saved)
@@ -64,6 +66,8 @@ def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
         assert sorted(went_on) == list(range(saved + 1, 26))
         expected = {step: loss for step, loss in losses(before).items() if step > saved}
         assert went_on == pytest.approx(expected, abs=1e-4)
+        shown = [(line["epoch"], line["shown"]) for line in lines(after, "audit")]
+        assert shown == [(epoch, 120) for epoch in range(saved // 5, 5)]
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(tmp_path: Path) -> None:

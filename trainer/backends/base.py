@@ -7,11 +7,12 @@ processes there are: parameter name -> fp32 weight, exp_avg, exp_avg_sq; one ste
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from data.base import Shard
 from models.base import Backbone
-from trainer.config import OptimConfig
 from trainer.optim import adamw
+from trainer.sections import OptimConfig
 
 CanonicalState = dict[str, Tensor]
 """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`."""
@@ -91,7 +92,7 @@ class TorchBackend(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.data_shard = Shard(rank=dist.get_rank(), world_size=dist.get_world_size())
+        self.data_shard = _data_shard()
 
     def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
         """See Backend.setup."""
@@ -178,3 +179,16 @@ class TorchBackend(ABC):
             live.copy_(state[name])
         for held in self.optimizer.state.values():
             held["step"].copy_(state["step"])
+
+
+def _data_shard() -> Shard:
+    """Return this rank's share of the data, and which ranks run on its machine beside it."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    first = last = rank
+    while first > 0 and hosts[first - 1] == hosts[rank]:
+        first -= 1
+    while last + 1 < world_size and hosts[last + 1] == hosts[rank]:
+        last += 1
+    return Shard(rank=rank, world_size=world_size, first_here=first, ranks_here=last + 1 - first)

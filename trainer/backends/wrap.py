@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from models.base import Backbone
 from models.layers import BatchNorm, recomputing
 from models.registry import build
-from trainer.config import MemoryConfig, ModelConfig
+from trainer.sections import MemoryConfig, ModelConfig
 
 # All blocks are one function to the compiler, which keeps a version for each stage and mode. Our
 # maps [B, H, W, C] have their channels last already; rearranged on the way to convolutions, as the

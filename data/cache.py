@@ -1,0 +1,195 @@
+"""Shards of a URL, downloaded whole into a cache folder before they are read.
+
+Owns what is downloaded when. Invariants: a shard lies in the folder under its name only when it is
+whole and has its hash; the processes of a machine, which share the folder, download it once; what
+is held is what will be read soonest, as far as `expect` told. A shard that is read but not there
+is downloaded at once, so that a plan saves time and never decides what is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.base import DataError
+from data.cachefolder import CacheFolder, unusable
+from data.eviction import check_room, removable, wanted
+from data.index import ShardInfo, hash_file
+from data.remote import Remote
+from data.store import OpenShards, Place, ShardFile
+
+_DOWNLOADS = 3  # of a shard that is whole but has another hash
+
+
+class CachedStore:
+    """The `Store` over the shards of `remote` that keeps up to `limit` bytes in `folder`.
+
+    Before anybody has said what is read next, shards are expected in the order of their numbers.
+    Raises DataError if the folder cannot be written.
+    """
+
+    def __init__(
+        self, remote: Remote, shards: Sequence[ShardInfo], folder: Path, limit: int | None
+    ) -> None:
+        self._remote = remote
+        self._shards = shards
+        self._sizes = np.array([shard.num_bytes for shard in shards], np.int64)
+        self._limit = math.inf if limit is None else limit
+        self._files = OpenShards(self._open)
+        self._folder = CacheFolder(folder, shards, self._limit, forget=self._files.drop)
+        self._next_use = np.zeros(len(shards), np.int64)
+        self._is_checked = False
+        self._lock = threading.Lock()
+        self._ahead: threading.Thread | None = None
+        self._is_closed = threading.Event()
+
+    def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        """See `Store`: downloads the shard unless it is there."""
+        try:
+            return self._files.get(shard).read(offset, num_bytes)
+        except OSError as error:
+            raise unusable(self._folder.path, error) from error
+
+    def read_again(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        """See `Store`: a shard that lost its hash, on a disk that decays, is downloaded again."""
+        info = self._shards[shard]
+        path = self._folder.path / info.name
+        with self._folder.lease(shard, wait=True), suppress(OSError):
+            sound = path.stat().st_size == info.num_bytes and _has_hash(info, hash_file(path))
+            if not sound:
+                self._folder.remove(shard)
+        return self.read(shard, offset, num_bytes)
+
+    def read_regions(self, shard: int, row: int, crc32: int) -> bytes | None:
+        """See `Store`: none of a shard that was evicted since the sample was read."""
+        file = self._files.peek(shard)
+        return None if file is None else file.read_regions(row, crc32)
+
+    def expect(self, next_use: NDArray[np.int64]) -> None:
+        """See `Store`: downloads what is read soonest, and keeps it as long as it is.
+
+        The first time, raises DataError unless the folder has room for what is read at a time.
+        """
+        if not self._is_checked:
+            check_room(next_use, self._sizes, self._folder.room(), place=str(self._folder.path))
+            self._is_checked = True
+        self._files.drop_removed()
+        with self._lock:
+            self._next_use = next_use
+            is_alive = self._ahead is not None and self._ahead.is_alive()  # not in a fork
+            if not is_alive and not self._is_closed.is_set():
+                self._ahead = threading.Thread(
+                    target=self._download_ahead, name="foveate-cache", daemon=True
+                )
+                self._ahead.start()
+
+    def prefetch(self, places: Iterable[Place]) -> None:
+        """Shards are fetched whole."""
+
+    def close(self) -> None:
+        """See `Store`: ends downloads that nobody waits for."""
+        self._is_closed.set()
+        with self._lock:
+            ahead = self._ahead
+        if ahead is not None:
+            ahead.join()
+
+    def _open(self, shard: int) -> ShardFile:
+        """Return a shard from the folder, downloading it first unless it is there."""
+        try:
+            with suppress(FileNotFoundError):
+                return ShardFile(self._folder.path, self._shards[shard])
+            with self._folder.lease(shard, wait=True):  # or until another process has it
+                if not self._is_held(shard):
+                    self._download(shard, at_once=True)
+                return ShardFile(self._folder.path, self._shards[shard])
+        except OSError as error:
+            raise unusable(self._folder.path, error) from error
+
+    def _is_held(self, shard: int) -> bool:
+        return (self._folder.path / self._shards[shard].name).exists()
+
+    def _download_ahead(self) -> None:
+        """Download what is wanted and not there, until it is or the plan is fulfilled."""
+        while True:
+            plan = self._next_use
+            with suppress(OSError):  # of the disk, which stops who reads, too
+                self._fulfil(plan)
+            with self._lock:
+                if plan is self._next_use or self._is_closed.is_set():
+                    self._ahead = None
+                    return
+
+    def _fulfil(self, plan: NDArray[np.int64]) -> None:
+        """Download what is wanted; what cannot be had is left to who reads it, and tells why."""
+        held = self._folder.held()
+        for shard in wanted(plan, self._sizes, self._limit):
+            if self._is_closed.is_set() or plan is not self._next_use:
+                return
+            if shard in held:
+                continue
+            with self._folder.lease(shard, wait=False) as leased, suppress(DataError):
+                if not leased or self._is_held(shard):
+                    continue  # another process is at it, or was
+                if not self._download(shard, at_once=False):
+                    return
+
+    def _download(self, shard: int, *, at_once: bool) -> bool:
+        """Download a shard whose lease we hold; returns False if there is no room for it."""
+        info = self._shards[shard]
+        choose = partial(removable, next_use=self._next_use, shard=shard, at_once=at_once)
+        if not self._folder.reserve(shard, choose, at_once=at_once):
+            return False
+        part = self._folder.part(info.name)
+        try:
+            if not self._fill(part, info, at_once=at_once):
+                return False
+            self._fetch_regions(info)
+            part.replace(self._folder.path / info.name)
+        finally:
+            part.unlink(missing_ok=True)
+        return True
+
+    def _fill(self, part: Path, info: ShardInfo, *, at_once: bool) -> bool:
+        """Download into `part` until its hash is right; returns False if closed meanwhile."""
+        stop = threading.Event() if at_once else self._is_closed
+        for _ in range(_DOWNLOADS):
+            digest = hashlib.sha256()
+            with part.open("r+b") as file:
+                for content in self._remote.stream(info.name, info.num_bytes, stop):
+                    file.write(content)
+                    digest.update(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if stop.is_set():
+                return False
+            if _has_hash(info, digest.hexdigest()):
+                return True
+        raise DataError(
+            f"{self._remote.url}/{info.name} has the SHA-256 {digest.hexdigest()} instead of "
+            f"{info.sha256}, in each of {_DOWNLOADS} downloads: restore the shard, or run `foveate "
+            f"data index {self._remote.url}`"
+        )
+
+    def _fetch_regions(self, info: ShardInfo) -> None:
+        """Fetch what lets parts of the images be decoded alone; it only ever saves time."""
+        name = Path(info.name).with_suffix(".roi").name
+        part = self._folder.part(name)
+        with suppress(DataError, OSError):
+            part.write_bytes(self._remote.read(name))
+            part.replace(self._folder.path / name)
+        part.unlink(missing_ok=True)
+
+
+def _has_hash(info: ShardInfo, sha256: str) -> bool:
+    """Whether a shard has its hash; a set that was indexed from afar has none."""
+    return info.sha256 in (None, sha256)
