@@ -1,5 +1,7 @@
 """Betons: the same samples, order and batches as the tars they were made from; damage is named."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -242,7 +244,7 @@ def test_any_byte_of_the_layout_may_be_wrong(tmp_path):
 
 
 def test_headers_alone_give_the_same_but_for_the_crc(tars, betons, tmp_path):
-    folder = betons["mixed"]._folder
+    folder = Path(betons["mixed"]._location)
     whole = check_shard(folder, Manifest.load(folder).shards[0])
     manifest = build(folder, out=tmp_path, headers_only=True, progress=quiet)
     assert manifest.base == str(folder.resolve())
