@@ -12,37 +12,56 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.base import DataError
+from data.betonpack import IMAGE_MODES
+from data.build import build
 from data.fetch import fetch_cifar10
-from data.index import MANIFEST, Manifest, build, verify
-from data.pack import pack_folder
+from data.index import MANIFEST, Manifest, verify
+from data.pack import FORMATS, pack_folder
+from data.parallel import num_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        match options.command:
-            case "fetch":
-                fetch_cifar10(options.out or Path("datasets") / options.name)
-            case "pack":
-                pack_folder(
-                    options.folder,
-                    options.out,
-                    samples_per_shard=options.samples_per_shard,
-                    seed=options.seed,
-                )
-            case "index":
-                build(options.folder, classes=_class_names(options.folder, options.classes))
-            case "verify":
-                manifest = verify(options.folder)
-                print(f"{manifest.num_samples} samples, fingerprint {manifest.fingerprint}")
+        _run(options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}; free or choose another place", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells report it
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    match options.command:
+        case "fetch":
+            fetch_cifar10(options.out or Path("datasets") / options.name)
+        case "pack":
+            pack_folder(
+                options.folder,
+                options.out,
+                format=options.format,
+                image_mode=options.image_mode,
+                samples_per_shard=options.samples_per_shard,
+                seed=options.seed,
+                workers=options.workers,
+            )
+        case "index":
+            build(
+                options.location,
+                out=options.out,
+                classes=_class_names(options.out or Path(options.location), options.classes),
+                label_field=options.label_field,
+                headers_only=options.headers_only,
+                workers=options.workers,
+            )
+        case "verify":
+            manifest = verify(options.folder, workers=options.workers)
+            print(f"{manifest.num_samples} samples, fingerprint {manifest.fingerprint}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,16 +70,36 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download a known data set and pack it")
     fetch.add_argument("name", choices=["cifar10"])
     fetch.add_argument("--out", type=Path, help="folder to fill (default: datasets/NAME)")
-    pack = commands.add_parser("pack", help="turn an image folder into shuffled tar shards")
-    pack.add_argument("folder", type=Path, help="holds CLASS/IMAGE, or {train,val}/CLASS/IMAGE")
+    pack = commands.add_parser("pack", help="turn images into shuffled tar shards, or a .beton")
+    pack.add_argument(
+        "folder", type=Path, help="holds CLASS/IMAGE, {train,val}/CLASS/IMAGE, or indexed shards"
+    )
     pack.add_argument("--out", type=Path, required=True, help="folder to fill")
+    pack.add_argument("--format", choices=FORMATS, default="tar", help="default: tar")
+    pack.add_argument(
+        "--image-mode",
+        choices=IMAGE_MODES,
+        default="jpg",
+        help="how a .beton stores images: files as they are, pixels, or pixels of small ones",
+    )
     pack.add_argument("--samples-per-shard", type=int, default=1000)
     pack.add_argument("--seed", type=int, default=0, help="of the order in the shards")
-    index = commands.add_parser("index", help="index the *.tar shards of a folder")
-    index.add_argument("folder", type=Path)
+    index = commands.add_parser("index", help="index the *.tar and *.beton shards of a folder")
+    index.add_argument("location", help="a folder, or a URL that fsspec knows (s3://, https://, …)")
+    index.add_argument("--out", type=Path, help="folder for the index of shards elsewhere")
     index.add_argument("--classes", type=Path, help="text file of class names, one a line")
+    index.add_argument("--label-field", help="field of the .json members that holds the class")
+    index.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="read the beginning of each image alone: fast, but damage is not noticed",
+    )
     check = commands.add_parser("verify", help="compare every shard with the manifest")
     check.add_argument("folder", type=Path)
+    for command in (pack, index, check):
+        command.add_argument(
+            "--workers", type=int, default=num_cores(), help="processes (default: one per core)"
+        )
     return parser
 
 

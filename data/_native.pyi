@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def decode(
-    images: list[bytes],
+    images: list[bytes | NDArray[np.uint8]],
     indexes: list[bytes | None],
     jobs: NDArray[np.int32],
     out: NDArray[np.uint8],

@@ -192,4 +192,4 @@ class CachedStore:
 
 def _has_hash(info: ShardInfo, sha256: str) -> bool:
     """Whether a shard has its hash; a set that was indexed from afar has none."""
-    return info.sha256 in ("", sha256)
+    return info.sha256 in (None, sha256)

@@ -3,7 +3,9 @@
 Owns the definition of the pixels the network sees before augmentation: decode in full, cut out
 the box, then resample the cut-out with an antialiased filter, so that nothing outside the box
 ever shows through. Pillow decodes and resamples: its filters are what the published recipes were
-trained with. `jpeg.py` does the same faster, and is judged by this.
+trained with. What a file says of its orientation (EXIF) is ignored, as torchvision and timm do,
+and four colours become three by Pillow's formula. `jpeg.py` does the same faster, and is judged by
+this.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 _MAX_PIXELS = 1 << 28
 _MAX_SIDE = 65_535  # the most that JPEG knows, and an index has room for
 JPEG_MAGIC = b"\xff\xd8\xff"
@@ -77,12 +80,7 @@ def decode(
     """
     picture = open_image(image)
     plan = geometry(*picture.size)
-    try:
-        picture.load()
-        if picture.mode != "RGB":
-            picture = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"cannot be decoded ({error}); replace the file") from error
+    picture = _load(picture)
     if plan.box is not None and plan.box != (0, 0, *picture.size):
         picture = picture.crop(plan.box)
     if plan.size != picture.size:
@@ -90,6 +88,19 @@ def decode(
     if plan.window is not None and plan.window != (0, 0, *picture.size):
         picture = picture.crop(plan.window)
     return np.asarray(picture)
+
+
+def decode_whole(image: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return all pixels of `image`, uint8 [H, W, 3]; raises DataError as `decode` does."""
+    return np.asarray(_load(open_image(image)))
+
+
+def _load(picture: Image.Image) -> Image.Image:
+    try:
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"cannot be decoded ({error}); replace the file") from error
 
 
 def _checked(reader: Callable[[io.BytesIO], Image.Image], image: bytes) -> Image.Image:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.base import DataError, Sample
-from data.index import IMAGE_SUFFIXES
+from data.decode import IMAGE_SUFFIXES
 from data.randomness import Purpose, uniforms
 
 

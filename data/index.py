@@ -1,56 +1,46 @@
-"""The index of a set of tar shards: where every sample lies, and proof that nothing changed.
+"""The index of a set of shards, tar or .beton: where every sample lies, and that nothing changed.
 
-Beside each shard `NAME.tar` stands `NAME.idx`: a 32-byte header, then flat little-endian columns,
-32 bytes per sample; and `NAME.roi` (regions.py) if its images are JPEG files. `manifest.json`
-lists the shards in canonical order with their sizes and hashes; its own hash is the fingerprint of
-the data set. Sizes and index hashes are checked when a set is opened, shard hashes by `verify`,
-each sample's CRC when it is read. Invariant: every file is written beside and renamed into place,
-the manifest last.
+Beside each shard `NAME.tar` stands `NAME.idx` (columns.py), and `NAME.roi` (regions.py) if its
+images are JPEG files. `manifest.json` lists the shards in canonical order with their sizes and
+hashes; its own hash is the fingerprint of the data set. Sizes and index hashes are checked when a
+set is opened, shard hashes by `verify`, each sample's CRC when it is read. Shards that lie
+elsewhere have their index in a folder here, whose manifest says where they are. Invariant: every
+file is written beside and renamed into place, the manifest last.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import re
-import tarfile
-import zlib
-from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.base import DataError
-from data.decode import open_image
-from data.regions import scan_regions
+from data.columns import INDEX_FORMAT, Columns, parse_index
+from data.location import Location
+from data.parallel import check_workers
+from data.progress import Say, counting
+from data.regions import belongs
 
 MANIFEST = "manifest.json"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
-_FORMAT = 1
-_REWRITE = "copy or pack the shard again"
-_MAGIC = b"FOVEAIDX"
-_HEADER = np.dtype([("magic", "S8"), ("format", "<u8"), ("num_samples", "<u8"), ("bytes", "<u8")])
-_COLUMNS = (
-    ("offset", "<u8"),
-    ("key", "<u8"),
-    ("size", "<u4"),
-    ("label", "<i4"),
-    ("crc32", "<u4"),
-    ("width", "<u2"),
-    ("height", "<u2"),
+UNCHECKED = (
+    "NOTE: of the images only headers were read: the index has no CRC and no hash of the shards, "
+    "so that damage and changes are not noticed unless an image fails to decode"
 )
-Columns = dict[str, NDArray[Any]]  # the columns above, each of shape [num_samples]
+_BLOCK = 1 << 22  # bytes hashed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
     """What the manifest says of one shard.
 
+    `name` is its path from the folder. `sha256` is None where only headers were read.
     `class_entropy` is the entropy of its labels in bits: close to the whole set's where the set
     was shuffled when written, 0 where a shard holds one class.
     """
@@ -58,17 +48,36 @@ class ShardInfo:
     name: str
     num_samples: int
     num_bytes: int
-    sha256: str
+    sha256: str | None
     index_sha256: str
     class_entropy: float
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The set that this one holds the same samples as, in the same order, in other shards."""
+
+    fingerprint: str
+    shard_sizes: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Origin:
+        """Read what JSON made of it."""
+        return cls(fingerprint=fields["fingerprint"], shard_sizes=tuple(fields["shard_sizes"]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of `manifest.json`: shards in canonical order, and class names by label."""
+    """The contents of `manifest.json`: shards in canonical order, and class names by label.
+
+    `base` is where the shards lie if not beside it. With an `origin`, order and cursors are that
+    one's, so that a run can change from one to the other.
+    """
 
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
+    base: str | None = None
+    origin: Origin | None = None
 
     @property
     def num_samples(self) -> int:
@@ -76,13 +85,30 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
+    def sha256(self) -> str:
+        """Of the canonical JSON form without `base` and `origin`, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self._fields(), indent=1).encode()).hexdigest()
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON form, in hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """The origin's, or `sha256`."""
+        return self.sha256 if self.origin is None else self.origin.fingerprint
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Number of samples in each shard of which the order is made, int64 [num_shards]."""
+        if self.origin is not None:
+            return np.array(self.origin.shard_sizes, np.int64)
+        return np.array([shard.num_samples for shard in self.shards], np.int64)
 
     def to_json(self) -> str:
         """Return the canonical JSON text."""
-        return json.dumps({"format": _FORMAT, "total": self.num_samples, **asdict(self)}, indent=1)
+        more = {"base": self.base, "origin": self.origin and asdict(self.origin)}
+        return json.dumps(self._fields() | {k: v for k, v in more.items() if v}, indent=1)
+
+    def location(self, folder: Path) -> Location:
+        """Return where the shards lie, given the manifest's folder."""
+        return Location(str(folder) if self.base is None else self.base)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -91,9 +117,9 @@ class Manifest:
         try:
             return cls.parse(path.read_bytes(), str(folder))
         except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; {_rebuild(folder)}") from error
+            raise DataError(f"{path} is missing; {rebuild(folder)}") from error
         except OSError as error:
-            raise DataError(f"{path} is unreadable ({error!r}); {_rebuild(folder)}") from error
+            raise DataError(f"{path} is unreadable ({error!r}); {rebuild(folder)}") from error
 
     @classmethod
     def parse(cls, content: bytes, folder: str) -> Manifest:
@@ -101,83 +127,78 @@ class Manifest:
         path = f"{folder}/{MANIFEST}"
         try:
             fields = json.loads(content)
-            if fields["format"] != _FORMAT:
+            if fields["format"] != INDEX_FORMAT:
                 raise DataError(
-                    f"{path}: format {fields['format']} is not {_FORMAT}; {_rebuild(folder)}"
+                    f"{path}: format {fields['format']} is not {INDEX_FORMAT}; {rebuild(folder)}"
                 )
-            shards = tuple(ShardInfo(**shard) for shard in fields["shards"])
-            return cls(shards=shards, classes=tuple(fields["classes"]))
+            origin = fields.get("origin")
+            manifest = cls(
+                shards=tuple(ShardInfo(**shard) for shard in fields["shards"]),
+                classes=tuple(fields["classes"]),
+                base=fields.get("base"),
+                origin=None if origin is None else Origin.from_dict(origin),
+            )
+            manifest._check(path)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is unreadable ({error!r}); {_rebuild(folder)}") from error
+            raise DataError(f"{path} is unreadable ({error!r}); {rebuild(folder)}") from error
+        return manifest
+
+    def _check(self, path: str) -> None:
+        """Raise DataError for names that lead out of the folder, and for another set's origin."""
+        for shard in self.shards:
+            parts = PurePosixPath(shard.name).parts
+            if not parts or parts[0] == "/" or ".." in parts:
+                raise DataError(f"{path} names a shard {shard.name!r} outside of its folder")
+        if self.shard_sizes.sum() != self.num_samples:
+            raise DataError(
+                f"{path} has {self.num_samples} samples, its origin {self.shard_sizes.sum()}; "
+                "pack the set again"
+            )
+
+    def _fields(self) -> dict[str, Any]:
+        shards = [asdict(shard) for shard in self.shards]
+        fields = {"format": INDEX_FORMAT, "total": self.num_samples, "shards": shards}
+        return fields | {"classes": self.classes}
 
 
-def build(
-    folder: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    progress: Callable[[str], None] = print,
-) -> Manifest:
-    """Index every `*.tar` of `folder` and write the manifest.
-
-    Each sample is two members of one name, an image (.jpg, .jpeg, .png) and its label (.cls, a
-    decimal number). Class names default to the numbers. Raises DataError naming the shard that
-    is truncated, or lacks a label, an image or a class.
-    """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(f"{folder} holds no *.tar shards; pack some, or name another folder")
-    shards, num_classes = [], 0
-    for path in paths:
-        columns = scan(path)
-        num_classes = max(num_classes, int(columns["label"].max(initial=-1)) + 1)
-        shards.append(write_index(path, columns))
-        _write_regions(path, columns, shards[-1].index_sha256)
-        progress(f"indexed {path} ({shards[-1].num_samples} samples)")
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
-    if len(names) < num_classes:
-        raise DataError(
-            f"{folder}: label {num_classes - 1} has no name among the {len(names)} classes given"
-        )
-    manifest = Manifest(shards=tuple(shards), classes=names)
-    write_atomically(folder / MANIFEST, manifest.to_json().encode())
-    progress(f"wrote {folder / MANIFEST}")
-    return manifest
-
-
-def verify(folder: Path, *, progress: Callable[[str], None] = print) -> Manifest:
+def verify(folder: Path, *, workers: int = 1, progress: Say = print) -> Manifest:
     """Hash every shard; raises one DataError that lists all that differ from the manifest."""
+    check_workers(workers)
     manifest = Manifest.load(folder)
     problems = []
-    for shard in manifest.shards:
-        try:
-            check_shard(folder, shard)
-            if hash_file(folder / shard.name) != shard.sha256:
-                raise DataError(f"{folder / shard.name} was altered; {_restore(folder)}")
-            progress(f"ok {folder / shard.name}")
-        except DataError as error:
-            problems.append(str(error))
+    task = partial(_verify_shard, folder, manifest)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        counting(len(manifest.shards), "shard", progress) as done,
+    ):
+        for shard, problem in zip(manifest.shards, pool.map(task, manifest.shards), strict=True):
+            problems += [problem] if problem else []
+            unread = "" if shard.sha256 else " in size; it was indexed from headers alone"
+            done(1, problem or f"ok {folder / shard.name}{unread}")
     if problems:
         raise DataError("; ".join(problems))
+    if any(shard.sha256 is None for shard in manifest.shards):
+        progress(UNCHECKED)
     return manifest
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> Columns:
-    """Check a shard's size and its index's hash, and return the index's columns.
+    """Check the size of a shard in `folder`, and its index, and return the index's columns.
 
     Raises DataError naming the shard and the remedy.
     """
     path = folder / shard.name
     if not path.is_file():
         raise DataError(f"{path} is missing (was it renamed?); {_restore(folder)}")
-    found = path.stat().st_size
-    if found != shard.num_bytes:
-        fault = "truncated" if found < shard.num_bytes else "altered"
-        raise DataError(
-            f"{path} is {fault}: {found} bytes instead of {shard.num_bytes}; {_restore(folder)}"
-        )
+    _check_size(path, path.stat().st_size, shard, folder)
+    return check_index(folder, shard)
+
+
+def check_index(folder: Path, shard: ShardInfo) -> Columns:
+    """Check a shard's index in `folder`, and return its columns; raises DataError naming it."""
     index = folder / index_name(shard)
     if not index.is_file():
-        raise DataError(f"{index} is missing; {_rebuild(folder)}")
+        raise DataError(f"{index} is missing; {rebuild(folder)}")
     return read_columns(index.read_bytes(), shard, str(folder))
 
 
@@ -188,168 +209,68 @@ def read_columns(content: bytes, shard: ShardInfo, folder: str) -> Columns:
     """
     index = f"{folder}/{index_name(shard)}"
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
-        raise DataError(f"{index} does not belong to the manifest; {_rebuild(folder)}")
-    header = np.frombuffer(content, _HEADER, count=1)[0] if len(content) >= 32 else None
-    if header is None or header["magic"] != _MAGIC or header["format"] != _FORMAT:
-        raise DataError(f"{index} is not an index of format {_FORMAT}; {_rebuild(folder)}")
-    num_samples, start = int(header["num_samples"]), _HEADER.itemsize
-    columns: Columns = {}
-    for name, dtype in _COLUMNS:
-        columns[name] = np.frombuffer(content, dtype, num_samples, start)
-        start += columns[name].nbytes
+        raise DataError(f"{index} does not belong to the manifest; {rebuild(folder)}")
+    columns = parse_index(content)
+    if columns is None:
+        raise DataError(f"{index} is not an index of format {INDEX_FORMAT}; {rebuild(folder)}")
     return columns
 
 
 def index_name(shard: ShardInfo) -> str:
-    """Return the name of the index beside a shard."""
-    return PurePosixPath(shard.name).with_suffix(".idx").name
-
-
-def scan(path: Path) -> Columns:
-    """Read a tar from end to end and return its index columns, in the order of the images.
-
-    Reads what GNU tar, PAX archivers and webdataset's writer produce, uncompressed; hidden files
-    are left out. Raises DataError naming the tar and the member at fault.
-    """
-    rows: dict[str, tuple[int, ...]] = {}
-    labels: dict[str, int] = {}
-    dotted: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
-                    continue
-                key, _, suffix = _split_name(member.name)
-                if suffix == "cls":
-                    _put_once(labels, key, _parse_label(path, archive, member), path, member)
-                elif suffix in IMAGE_SUFFIXES:
-                    _put_once(rows, key, _scan_image(path, archive, member), path, member)
-                elif suffix.rpartition(".")[2] in ("cls", *IMAGE_SUFFIXES):
-                    dotted.add(key)  # a further picture of the sample, or a name with a dot
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a whole tar archive ({error}); {_REWRITE}") from error
-    _check_end(path)
-    unpaired = sorted((rows.keys() ^ labels.keys()) | (dotted - rows.keys()))
-    if unpaired:
-        raise DataError(
-            f"{path}: {unpaired[0]!r} lacks its image or its .cls label (a sample's name ends at "
-            f"the first dot); {_REWRITE}"
-        )
-    if not rows:
-        raise DataError(f"{path}: no samples; {_REWRITE}")
-    table = [(*row, labels[key]) for key, row in rows.items()]
-    fields = ("key", "offset", "size", "crc32", "width", "height", "label")
-    values = dict(zip(fields, zip(*table, strict=True), strict=True))
-    return {name: np.array(values[name], dtype) for name, dtype in _COLUMNS}
-
-
-def write_index(path: Path, columns: Columns) -> ShardInfo:
-    """Write the `.idx` of the tar at `path`, and return what the manifest says of the shard."""
-    labels = columns["label"]
-    header = np.array((_MAGIC, _FORMAT, len(labels), path.stat().st_size), _HEADER)
-    index = header.tobytes() + b"".join(columns[name].tobytes() for name, _ in _COLUMNS)
-    write_atomically(path.with_suffix(".idx"), index)
-    return ShardInfo(
-        name=path.name,
-        num_samples=len(labels),
-        num_bytes=path.stat().st_size,
-        sha256=hash_file(path),
-        index_sha256=hashlib.sha256(index).hexdigest(),
-        class_entropy=round(_entropy_bits(labels), 4),
-    )
-
-
-def _write_regions(path: Path, columns: Columns, index_sha256: str) -> None:
-    target = path.with_suffix(".roi")
-    regions = scan_regions(path, columns["offset"], columns["size"], index_sha256=index_sha256)
-    if regions is None:
-        target.unlink(missing_ok=True)  # an earlier shard's
-    else:
-        write_atomically(target, regions)
+    """Return the path of a shard's index from the folder."""
+    return str(PurePosixPath(shard.name).with_suffix(".idx"))
 
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_stream(file)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to disk, and rename into place."""
-    beside = path.with_name(f"{path.name}.part{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+def hash_stream(file: IO[bytes]) -> str:
+    """Return the SHA-256 of what can be read of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
-def member_name(block: bytes) -> str:
-    """Return the name in the 512-byte tar header that precedes a member's data."""
-    return block[:100].split(b"\0")[0].decode(errors="replace")
-
-
-def _split_name(name: str) -> tuple[str, str, str]:
-    """Split at the base name's first dot, as webdataset does: `a/b.c.jpg` -> `a/b`, `c.jpg`."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    key, dot, suffix = base.partition(".")
-    return folder + slash + key, dot, suffix.lower()
-
-
-def _put_once(
-    table: dict[str, Any], key: str, value: Any, path: Path, member: tarfile.TarInfo
-) -> None:
-    if key in table:
-        raise DataError(f"{path}: sample {key!r} occurs twice ({member.name}); {_REWRITE}")
-    table[key] = value
-
-
-def _parse_label(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    text = _read(archive, member).strip()
-    if not re.fullmatch(rb"\d{1,6}", text):  # the manifest names every class up to the highest
-        raise DataError(
-            f"{path}: {member.name} holds {text[:20]!r}, not a class number of at most six "
-            f"digits; {_REWRITE}"
-        )
-    return int(text)
-
-
-def _scan_image(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, ...]:
-    content = _read(archive, member)
-    key = hashlib.sha256(_split_name(member.name)[0].encode()).digest()[:8]
-    try:
-        width, height = open_image(content).size
-    except DataError as error:
-        raise DataError(f"{path}: {member.name} {error}") from error
-    place = (member.offset_data, member.size, zlib.crc32(content))
-    return (int.from_bytes(key, "little"), *place, width, height)
-
-
-def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None, "regular members have content"
-    content = file.read()
-    if len(content) != member.size:
-        raise EOFError(f"{member.name} ends after {len(content)} of {member.size} bytes")
-    return content
-
-
-def _check_end(path: Path) -> None:
-    """A whole tar ends in two zero blocks; one cut between two members does not."""
-    with path.open("rb") as file:
-        file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
-        if any(file.read()):
-            raise DataError(f"{path} is truncated: its end mark is missing; {_REWRITE}")
-
-
-def _entropy_bits(labels: NDArray[np.int32]) -> float:
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    return -math.fsum(share * math.log2(share) for share in shares.tolist())
-
-
-def _rebuild(folder: Path | str) -> str:
+def rebuild(folder: Path | str) -> str:
+    """Return what to run where an index does not fit."""
     return f"run `foveate data index {folder}`"
 
 
+def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo) -> str | None:
+    """Return what is wrong with a shard, or None."""
+    location = manifest.location(folder)
+    shown = f"{location.url}/{shard.name}"
+    try:
+        if manifest.base is None:
+            check_shard(folder, shard)
+        else:
+            check_index(folder, shard)
+            _check_size(shown, location.version(shard.name)[0], shard, folder)
+        if shard.sha256 is not None:
+            with location.opened(shard.name, read_ahead=_BLOCK) as file:
+                if hash_stream(file) != shard.sha256:
+                    raise DataError(f"{shown} was altered; {_restore(folder)}")
+        regions = (folder / shard.name).with_suffix(".roi")
+        if regions.is_file() and not belongs(
+            regions, num_samples=shard.num_samples, index_sha256=shard.index_sha256
+        ):
+            raise DataError(f"{regions} does not belong to its index; {rebuild(folder)}")
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _check_size(path: Path | str, found: int, shard: ShardInfo, folder: Path) -> None:
+    if found != shard.num_bytes:
+        fault = "truncated" if found < shard.num_bytes else "altered"
+        raise DataError(
+            f"{path} is {fault}: {found} bytes instead of {shard.num_bytes}; {_restore(folder)}"
+        )
+
+
 def _restore(folder: Path) -> str:
-    return f"restore the shard, or accept the change with {_rebuild(folder)[4:]}"
+    return f"restore the shard, or accept the change with {rebuild(folder)[4:]}"

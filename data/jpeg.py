@@ -2,7 +2,9 @@
 
 Owns whether and how the extension is used. Invariants: its pixels are those that `decode.py`
 defines, to within one step of 255; a file that it does not decode, and every file where it was
-not built or fails its test, is left to `decode.py`, which also words the errors.
+not built or fails its test, is left to `decode.py`, which also words the errors. Pixels are
+resized by the same code wherever they come from, so that an image gives the same ones however it
+is stored.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.base import DataError, Sample
-from data.decode import JPEG_MAGIC, Geometry, check_size, decode, open_image
+from data.decode import JPEG_MAGIC, Geometry, check_size, decode, decode_whole, open_image
 
 try:
     from data import _native
@@ -64,8 +66,7 @@ def decode_all(
         if row in done:
             continue
         try:
-            pixels = decode(samples[row].image, lambda *_, plan=plan: plan)
-            out[row] = pixels[:, ::-1] if row in mirrored else pixels
+            out[row] = _decode_slowly(samples[row].image, plan, flip=row in mirrored)
         except DataError as error:
             failures[row] = error
     return failures
@@ -105,8 +106,10 @@ def works() -> bool:
 
 
 def _size(image: bytes | Pixels) -> tuple[tuple[int, int], bool]:
-    """Return width and height, and whether the extension may decode the file."""
-    if isinstance(image, bytes) and image.startswith(JPEG_MAGIC) and works():
+    """Return width and height, and whether the extension may decode, or resize, the image."""
+    if not isinstance(image, bytes):
+        return (image.shape[1], image.shape[0]), works()
+    if image.startswith(JPEG_MAGIC) and works():
         with suppress(ValueError):  # Pillow has the last word
             size = _native.size(image)
             check_size(*size)
@@ -130,7 +133,7 @@ def _decode_fast(
     jobs = [_job(sizes[row], plans[row], flip=row in mirrored, reduce=reduce) for row in rows]
     target = out if len(rows) == len(out) else np.empty((len(rows), *out.shape[1:]), np.uint8)
     answers = _native.decode(
-        [bytes(samples[row].image) for row in rows],
+        [samples[row].image for row in rows],
         [samples[row].regions for row in rows],
         np.array(jobs, np.int32),
         target,
@@ -138,6 +141,18 @@ def _decode_fast(
     if target is not out:
         out[rows] = target
     return {row for row, answer in zip(rows, answers, strict=True) if answer is None}
+
+
+def _decode_slowly(image: bytes | Pixels, plan: Geometry, *, flip: bool) -> Pixels:
+    """Decode with Pillow, and resize as the extension does where there is one."""
+    if not works():
+        pixels = decode(image, lambda *_: plan)
+        return pixels[:, ::-1] if flip else pixels
+    pixels = decode_whole(image)
+    out = np.empty((*plan.shape, 3), np.uint8)
+    job = _job((pixels.shape[1], pixels.shape[0]), plan, flip=flip, reduce=False)
+    _native.decode([pixels], [None], np.array([job], np.int32), out[None])
+    return out
 
 
 def _job(size: tuple[int, int], plan: Geometry, *, flip: bool, reduce: bool) -> list[int]:

@@ -1,21 +1,26 @@
-"""Packing: any source -> tar shards in a seeded random order, with index and manifest.
+"""Packing: any source -> tar shards or one .beton file, with index and manifest.
 
-Owns what a packed data set looks like on disk. Invariant: the output folder appears whole or not
-at all: everything is written in a folder beside it, which is renamed when the manifest is in
-place. The same source, seed and shard size give the same bytes.
+Owns what a packed data set looks like on disk, and how packing is continued. Invariants: the
+output folder appears whole or not at all: everything is written in a folder beside it, which is
+renamed when the manifest is in place; and what is finished there is taken up by the next try, once
+the process that left it is gone. The same source and settings give the same bytes, however many
+processes wrote them.
 webdataset writes the tars, so that every tool that reads its format reads ours; psutil knows
 whether the process that left a folder behind is gone.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -23,35 +28,113 @@ import webdataset
 from numpy.typing import NDArray
 
 from data.base import DataError, Source
+from data.betonpack import IMAGE_MODES, join_parts, write_part
+from data.build import build
+from data.columns import write_atomically
 from data.decode import open_image
 from data.folder import FolderSource, encode_png
-from data.index import MANIFEST, Manifest, build, check_shard
+from data.index import MANIFEST, Manifest, Origin, check_shard
 from data.order import FullShuffle
+from data.parallel import run_all
+from data.progress import Say, counting
+from data.webdataset import TarSource
 
 RECIPE = "pack.json"  # what the shards were packed from: tells a finished job from another one
 SPLITS = ("train", "val")
+FORMATS = ("tar", "beton")
+_PART_SUFFIX = ".samples"  # of what a .beton is joined from
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is packed, and how; all that the bytes depend on."""
+
+    source: Source
+    name: str
+    format: str
+    image_mode: str
+    samples_per_shard: int
+    seed: int
+
+    def check(self) -> None:
+        """Raise DataError for settings that cannot be."""
+        if self.format not in FORMATS:
+            raise DataError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
+        if self.image_mode not in IMAGE_MODES:
+            raise DataError(
+                f"image_mode {self.image_mode!r} is not one of {', '.join(IMAGE_MODES)}"
+            )
+        if self.samples_per_shard < 1:
+            raise DataError(f"samples_per_shard {self.samples_per_shard} must be at least 1")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is written down, to know it again."""
+        recipe = {
+            "source": self.source.fingerprint,
+            "seed": self.seed,
+            "samples_per_shard": self.samples_per_shard,
+        }
+        if self.format == "tar":
+            return recipe
+        return recipe | {"format": self.format, "image_mode": self.image_mode}
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether samples stay in the order of an indexed set, that runs may change to this one."""
+        return self.format == "beton" and isinstance(self.source, TarSource)
+
+    def jobs(self) -> list[_Job]:
+        """Return the files to write, in order."""
+        ids = np.arange(len(self.source))
+        if not self.keeps_order:
+            ids = FullShuffle(num_samples=len(ids), seed=self.seed).ids(0, ids)
+        parts = np.array_split(ids, -(-len(ids) // self.samples_per_shard))
+        suffix = ".tar" if self.format == "tar" else _PART_SUFFIX
+        firsts = np.cumsum([0, *map(len, parts)]).tolist()
+        return [
+            _Job(name=f"{self.name}-{number:06d}{suffix}", ids=part, first=firsts[number])
+            for number, part in enumerate(parts)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """A file to write: the samples `ids`, int64 [n], the first of which is number `first`."""
+
+    name: str
+    ids: NDArray[np.int64]
+    first: int
 
 
 def pack_folder(
     folder: Path,
     out: Path,
     *,
+    format: str = "tar",
+    image_mode: str = "jpg",
     samples_per_shard: int = 1000,
     seed: int = 0,
-    progress: Callable[[str], None] = print,
+    workers: int = 1,
+    progress: Say = print,
 ) -> list[Path]:
-    """Pack `folder`/CLASS/IMAGE into `out`, or each of `folder`/{train,val} into `out`/{train,val}.
+    """Pack `folder` into `out`, or each of `folder`/{train,val} into `out`/{train,val}.
 
-    Returns the folders that hold the shards. Raises DataError as `pack` does.
+    A folder holds CLASS/IMAGE, or shards with their manifest. Returns the folders that hold the
+    result. Raises DataError as `pack` does.
     """
     splits = [split for split in SPLITS if (folder / split).is_dir()]
     jobs = [(folder / split, out / split) for split in splits] or [(folder, out)]
-    for source, target in jobs:
+    for place, target in jobs:
+        source = TarSource(place) if (place / MANIFEST).is_file() else FolderSource(place)
         pack(
-            FolderSource(source),
+            source,
             target,
+            format=format,
+            image_mode=image_mode,
             samples_per_shard=samples_per_shard,
             seed=seed,
+            workers=workers,
             progress=progress,
         )
     return [target for _, target in jobs]
@@ -61,86 +144,160 @@ def pack(
     source: Source,
     out: Path,
     *,
+    format: str = "tar",
+    image_mode: str = "jpg",
     samples_per_shard: int = 1000,
     seed: int = 0,
-    progress: Callable[[str], None] = print,
+    workers: int = 1,
+    progress: Say = print,
 ) -> Manifest:
-    """Write `source`, shuffled by `seed`, as shards of about `samples_per_shard` into `out`.
+    """Write `source` into `out`: as tars of about `samples_per_shard` images, or as one .beton.
 
-    A finished `out` of the same recipe is left alone. Raises DataError if `out` holds anything
-    else, or a sample cannot be read.
+    Samples are shuffled by `seed`; but an indexed set that becomes a .beton keeps its order and
+    its fingerprint, and a run on the one can go on with the other. In a .beton images are JPEG
+    files (`image_mode` jpg; what is none becomes pixels), decoded pixels (raw), or pixels where
+    they are few (mixed). A finished `out` of the same recipe is left alone; what another try
+    has finished is taken up. Raises DataError if `out` holds anything else, a sample cannot be
+    read, or the disk is full.
     """
-    recipe = {
-        "source": source.fingerprint,
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-    }
+    settings = _Settings(
+        source=source,
+        name=out.name,
+        format=format,
+        image_mode=image_mode,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+    )
     if (out / MANIFEST).is_file():
-        return _accept(out, recipe, progress)
+        return _accept(out, settings.recipe, progress)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is in the way: it holds no packed data set; remove or rename it")
-    if samples_per_shard < 1:
-        raise DataError(f"samples_per_shard {samples_per_shard} must be at least 1")
+    settings.check()
     if out.resolve() == Path.cwd():
         raise DataError(f"{out} is the current folder, which cannot be replaced; name another")
-    beside = _folder_beside(out)
+    beside = _claim_folder(out, settings.recipe)
     try:
-        _write_shards(source, beside, out, samples_per_shard, seed, progress)
-        manifest = build(beside, classes=source.classes, progress=lambda _: None)
-        (beside / RECIPE).write_text(json.dumps(recipe))
+        manifest = _pack_beside(settings, beside, out, workers, progress)
         try:
             beside.rename(out)
         except OSError:
             if not (out / MANIFEST).is_file():
                 raise
-            return _accept(out, recipe, progress)  # another process was faster
+            shutil.rmtree(beside, ignore_errors=True)
+            return _accept(out, settings.recipe, progress)  # another process was faster
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        _leave(beside, progress)
     progress(f"packed {len(source)} samples into {len(manifest.shards)} shards: {out / MANIFEST}")
     return manifest
 
 
-def _folder_beside(out: Path) -> Path:
-    """Make a folder that no other process packs into; remove what killed ones left beside `out`."""
-    prefix = f".{out.name}.part-{socket.gethostname()}-"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f"{prefix}{os.getpid()}")
-    for path in out.parent.glob(f"{glob.escape(prefix)}*"):
-        pid = path.name.removeprefix(prefix)
-        if path == beside or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-    beside.mkdir()
-    return beside
+def _pack_beside(
+    settings: _Settings, folder: Path, out: Path, workers: int, progress: Say
+) -> Manifest:
+    """Write shards, index and manifest into `folder`, beside `out`."""
+    source = settings.source
+    try:
+        target = folder / f"{out.name}.beton"
+        if not target.is_file():  # which has all of them in it
+            _write_all(settings, folder, out, workers, progress)
+        if settings.format == "beton":
+            parts = sorted(folder.glob(f"*{_PART_SUFFIX}"))
+            if not target.is_file():
+                join_parts(parts, target)
+            for part in parts:
+                part.unlink()
+        origin = None
+        if settings.keeps_order:
+            sizes = tuple(source.shard_sizes.tolist())
+            origin = Origin(fingerprint=source.fingerprint, shard_sizes=sizes)
+        return build(
+            folder,
+            classes=source.classes,
+            origin=origin,
+            workers=workers,
+            progress=lambda _: None,
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"there is no space left for {out} ({error.strerror}); free some and run this again"
+        ) from error
 
 
-def _write_shards(
-    source: Source,
-    folder: Path,
-    out: Path,
-    samples_per_shard: int,
-    seed: int,
-    progress: Callable[[str], None],
-) -> None:
-    order = FullShuffle(num_samples=len(source), seed=seed).ids(0, np.arange(len(source)))
-    num_shards = -(-len(source) // samples_per_shard)
-    first = 0
-    for number, ids in enumerate(np.array_split(order, num_shards)):
-        name = f"{out.name}-{number:06d}.tar"
-        _write_shard(folder / name, source, ids, first)
-        first += len(ids)
-        if number == num_shards - 1 or number * 10 // num_shards < (number + 1) * 10 // num_shards:
-            progress(f"wrote {first} of {len(source)} samples, up to {out / name}")
+def _write_all(settings: _Settings, folder: Path, out: Path, workers: int, progress: Say) -> None:
+    """Write the files that are not there yet."""
+    jobs, total = settings.jobs(), len(settings.source)
+    missing = [job for job in jobs if not (folder / job.name).is_file()]
+    finished = total - sum(len(job.ids) for job in missing)
+    if finished:
+        progress(f"continuing after {finished} of {total} samples")
+    with counting(total, "image", progress, finished=finished) as done:
+        shared = (settings, folder)
+        for number, _ in run_all(_write_file, shared, missing, workers=workers):
+            job = missing[number]
+            name = job.name if settings.format == "tar" else f"{out.name}.beton"
+            done(len(job.ids), f"wrote {len(job.ids)} samples for {out / name}")
 
 
-def _write_shard(path: Path, source: Source, ids: NDArray[np.int64], first: int) -> None:
+def _write_file(shared: tuple[_Settings, Path], job: _Job) -> None:
+    """Write one file, which has its name when it is whole."""
+    settings, folder = shared
+    beside = folder / f"{job.name}.part{os.getpid()}"
+    try:
+        with beside.open("wb") as file:
+            if settings.format == "tar":
+                _write_tar(file, settings.source, job)
+            else:
+                write_part(file, settings.source, job.ids, settings.image_mode)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(folder / job.name)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_tar(file: IO[bytes], source: Source, job: _Job) -> None:
     # A whole number for mtime: a fraction would cost a PAX header of 1 KB per member.
-    with webdataset.TarWriter(str(path), mtime=0) as writer:
-        for position, id in enumerate(ids.tolist(), start=first):
+    with webdataset.TarWriter(file, mtime=0) as writer:
+        for position, id in enumerate(job.ids.tolist(), start=job.first):
             sample = source.read(id)
             image = sample.image if isinstance(sample.image, bytes) else encode_png(sample.image)
             suffix = _suffix(image, source, id)
             key = f"{position:09d}"
             writer.write({"__key__": key, suffix: image, "cls": sample.label})
+
+
+def _claim_folder(out: Path, recipe: dict[str, Any]) -> Path:
+    """Make a folder beside `out` that no other process packs into, for `recipe`.
+
+    What a process that is gone left of the same recipe is taken over; of another, removed.
+    """
+    prefix = f".{out.name}.part-{socket.gethostname()}-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{prefix}{os.getpid()}")
+    for path in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
+        pid = path.name.removeprefix(prefix)
+        if path != beside and not (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+            continue
+        if _recipe_of(path) != recipe or (path != beside and beside.exists()):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        with suppress(FileNotFoundError):  # another process was faster
+            path.rename(beside)
+    beside.mkdir(exist_ok=True)
+    for torn in beside.glob("*.part*"):
+        torn.unlink()
+    write_atomically(beside / RECIPE, json.dumps(recipe).encode())
+    return beside
+
+
+def _leave(beside: Path, progress: Say) -> None:
+    """Keep what a failed try has finished, and remove what is of no use."""
+    if any(path.suffix in (".tar", ".beton", _PART_SUFFIX) for path in beside.glob("*")):
+        progress(f"what is finished is kept in {beside} for the next try")
+    else:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _suffix(image: bytes, source: Source, id: int) -> str:
@@ -151,7 +308,7 @@ def _suffix(image: bytes, source: Source, id: int) -> str:
         raise DataError(f"{source.name(id)} {error}") from error
 
 
-def _accept(out: Path, recipe: dict[str, object], progress: Callable[[str], None]) -> Manifest:
+def _accept(out: Path, recipe: dict[str, Any], progress: Say) -> Manifest:
     """Return the manifest of a finished `out`; raises DataError if it was packed otherwise."""
     if _recipe_of(out) != recipe:
         raise DataError(

@@ -27,15 +27,19 @@ _CHUNK = 256  # images in memory at a time
 
 
 def scan_regions(
-    path: Path, offsets: NDArray[np.uint64], sizes: NDArray[np.uint32], *, index_sha256: str
+    path: Path,
+    offsets: NDArray[np.uint64],
+    sizes: NDArray[np.uint32],
+    *,
+    index_sha256: str,
+    threads: int,
 ) -> bytes | None:
     """Return the content of NAME.roi for the images at `offsets` of the shard `path`.
 
-    It is made on all cores, and None where no image can be indexed.
+    Those of size 0 are left out; None where no image can be indexed.
     """
     entries: list[bytes] = []
-    workers = len(os.sched_getaffinity(0))
-    with path.open("rb") as shard, ThreadPoolExecutor(workers) as pool:
+    with path.open("rb") as shard, ThreadPoolExecutor(threads) as pool:
         for images in _chunks(shard.fileno(), offsets, sizes):
             entries += pool.map(_entry, images)
     if not any(entries):
@@ -44,6 +48,16 @@ def scan_regions(
     first = _HEADER.size + 8 * (len(entries) + 1)
     ends = np.cumsum([first, *map(len, entries)], dtype="<u8")
     return b"".join([header, ends.tobytes(), *entries])
+
+
+def belongs(path: Path, *, num_samples: int, index_sha256: str) -> bool:
+    """Whether the file at `path` is there, and the regions of the shard with this index."""
+    expected = _HEADER.pack(_MAGIC, _FORMAT, num_samples, bytes.fromhex(index_sha256))
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEADER.size) == expected
+    except FileNotFoundError:
+        return False
 
 
 class Regions:

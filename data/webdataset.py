@@ -1,7 +1,8 @@
-"""Random access to samples in indexed tar shards (the WebDataset layout), near or far.
+"""Random access to samples in indexed shards, tars (the WebDataset layout) or betons, near or far.
 
 Owns how a set is opened. Invariant: sample ids number the samples shard after shard in the
-manifest's order, and a sample whose bytes do not match their CRC is never returned.
+manifest's order, and a sample whose bytes do not match their CRC, where the index has one, is
+never returned.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +20,29 @@ from numpy.typing import NDArray
 from data.base import BadSample, DataError, Sample
 from data.cache import CachedStore
 from data.cachefolder import locked, unusable
+from data.columns import Columns, Flag, write_atomically
 from data.index import (
     MANIFEST,
-    Columns,
     Manifest,
     ShardInfo,
+    check_index,
     check_shard,
     index_name,
-    member_name,
     read_columns,
-    write_atomically,
 )
 from data.ranged import RangedStore
 from data.remote import Remote
 from data.store import LocalStore, Place, Store
+from data.tar import member_name
 
 
 class TarSource:
-    """The `Source` over tar shards with their manifest: in a folder, or below a URL.
+    """The `Source` over tar or .beton shards with their manifest: in a folder, or below a URL.
 
-    A folder's shards are read where they lie. Those of a URL (s3, gs, http, https, file) are
-    downloaded whole into `cache_dir`, which processes may share and which is kept within
-    `cache_bytes` if given; without a cache folder each sample is requested by itself.
+    A folder's shards are read where they lie, or where its manifest says they do. Those of a URL
+    (s3, gs, http, https, file) are downloaded whole into `cache_dir`, which processes may share and
+    which is kept within `cache_bytes` if given; without a cache folder each sample is requested by
+    itself.
     Opening checks the hash of every index, and the size of every shard in a folder; reading checks
     the sample's CRC. Raises DataError naming the shard and the remedy.
     """
@@ -50,40 +53,48 @@ class TarSource:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
     ) -> None:
+        self._opened_as = (location, cache_dir, cache_bytes)
         self._columns: list[Columns]
         self._store: Store
-        if "://" not in str(location):
-            near = Path(location)
-            self._location = str(near)
-            manifest = Manifest.load(near)
-            self._columns = [check_shard(near, shard) for shard in manifest.shards]
-            self._store = LocalStore(near, manifest.shards)
-        else:
+        if "://" in str(location):
             remote = Remote(str(location))
-            self._location = remote.url
             manifest = _fetch_manifest(remote)
-            folder = None if cache_dir is None else Path(cache_dir) / manifest.fingerprint
+            folder = _cache_folder(cache_dir, manifest)
+            self._location = remote.url
             self._columns = _fetch_columns(remote, manifest.shards, folder)
-            self._store = (
-                RangedStore(remote, manifest.shards)
-                if folder is None
-                else CachedStore(remote, manifest.shards, folder, cache_bytes)
-            )
+            self._store = _far_store(remote, manifest.shards, folder, cache_bytes)
+        else:
+            near = Path(location)
+            manifest = Manifest.load(near)
+            place = manifest.location(near)
+            self._location = place.url
+            check = check_shard if manifest.base is None else check_index
+            self._columns = [check(near, shard) for shard in manifest.shards]
+            if place.folder is not None:
+                self._store = LocalStore(place.folder, manifest.shards)
+            else:
+                remote, folder = Remote(place.url), _cache_folder(cache_dir, manifest)
+                self._store = _far_store(remote, manifest.shards, folder, cache_bytes)
         self._shards = manifest.shards
-        self.shard_sizes = np.array([shard.num_samples for shard in manifest.shards], np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
+        self.shard_sizes = manifest.shard_sizes
+        self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
         self.fingerprint = manifest.fingerprint
         self.classes = manifest.classes
         self.labels: NDArray[np.int64] = np.concatenate(
             [columns["label"] for columns in self._columns]
         ).astype(np.int64)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open it again where it is sent: open files cannot be."""
+        return TarSource, self._opened_as
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def expect(self, next_use: NDArray[np.int64]) -> None:
         """See `Source`; the first time, raises DataError if the cache is too small for it."""
-        self._store.expect(next_use)
+        if len(next_use) == len(self._shards):  # else they are those of the set's origin
+            self._store.expect(next_use)
 
     def prefetch(self, ids: Sequence[int]) -> None:
         """See `Source`."""
@@ -98,22 +109,28 @@ class TarSource:
         shard, row = self._locate(id)
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         place = self._place(shard, row)
+        label, flags = int(columns["label"][row]), Flag(int(columns["flags"][row]))
         image = self._store.read(*place)
-        if zlib.crc32(image) != crc32:
+        is_checked = Flag.NO_CRC not in flags
+        if is_checked and zlib.crc32(image) != crc32:
             image = self._store.read_again(*place)
-        if zlib.crc32(image) != crc32:
+        if len(image) != place[2] or (is_checked and zlib.crc32(image) != crc32):
             raise BadSample(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
                 f"`foveate data index {self._location}`"
             )
+        if Flag.RAW in flags:
+            shape = (int(columns["height"][row]), int(columns["width"][row]), 3)
+            return Sample(id=id, image=np.frombuffer(image, np.uint8).reshape(shape), label=label)
         regions = self._store.read_regions(shard, row, crc32)
-        return Sample(id=id, image=image, label=int(columns["label"][row]), regions=regions)
+        return Sample(id=id, image=image, label=label, regions=regions)
 
     def name(self, id: int) -> str:
-        """Return `SHARD:MEMBER (sample id)`."""
+        """Return `SHARD:MEMBER (sample id)`, where the member of a .beton is its number in it."""
         shard, row = self._locate(id)
-        offset = int(self._columns[shard]["offset"][row])
-        member = member_name(self._store.read(shard, offset - 512, 512))
+        offset, member = int(self._columns[shard]["offset"][row]), str(row)
+        if self._shards[shard].name.endswith(".tar"):
+            member = member_name(self._store.read(shard, offset - 512, 512))
         return f"{self._location}/{self._shards[shard].name}:{member} (sample {id})"
 
     def _locate(self, id: int) -> tuple[int, int]:
@@ -126,15 +143,33 @@ class TarSource:
         return shard, int(columns["offset"][row]), int(columns["size"][row])
 
 
+def _cache_folder(cache_dir: str | Path | None, manifest: Manifest) -> Path | None:
+    return None if cache_dir is None else Path(cache_dir) / manifest.sha256
+
+
+def _far_store(
+    remote: Remote, shards: Sequence[ShardInfo], folder: Path | None, cache_bytes: int | None
+) -> Store:
+    """Return the store of shards below a URL: through a cache `folder`, or without one."""
+    _check_names(remote, shards)
+    if folder is None:
+        return RangedStore(remote, shards)
+    return CachedStore(remote, shards, folder, cache_bytes)
+
+
 def _fetch_manifest(remote: Remote) -> Manifest:
     manifest = Manifest.parse(remote.read(MANIFEST), remote.url)
-    for shard in manifest.shards:
+    _check_names(remote, manifest.shards)
+    return manifest
+
+
+def _check_names(remote: Remote, shards: Sequence[ShardInfo]) -> None:
+    for shard in shards:
         if PurePosixPath(shard.name).name != shard.name:  # it becomes a path in the cache folder
             raise DataError(
-                f"{remote.url}/{MANIFEST} names a shard {shard.name!r}, which is no file name; run "
-                f"`foveate data index {remote.url}`"
+                f"{remote.url}/{MANIFEST} names a shard {shard.name!r}, which is no file name: "
+                "shards in several folders are read from a folder of this machine alone"
             )
-    return manifest
 
 
 def _fetch_columns(

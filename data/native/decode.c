@@ -1,4 +1,5 @@
-/* From the bytes of a JPEG file to resized RGB pixels, of which only the needed ones are decoded.
+/* From the bytes of a JPEG file to resized RGB pixels, of which only the needed ones are decoded;
+ * or from its pixels, where they are at hand.
  *
  * Pixels are to the bit those of the whole file's decoding with libjpeg-turbo's defaults: exact
  * integer transform, interpolated colour. Only its public interface is used. */
@@ -131,10 +132,33 @@ static Status decode_rows(Decoder *decoder, Box needed, int denominator, const A
     return DONE;
 }
 
+/* The same from pixels that are at hand. */
+static Status shrink_rows(Decoder *decoder, const Job *job, Box needed, const Axis *across) {
+    size_t width = (size_t)(needed.right - needed.left), length = (size_t)across->size * 3;
+    size_t stride = (width + (size_t)across->taps) * PIXEL;
+    if (reserve(&decoder->rows, stride * ROWS) != DONE) return NO_MEMORY;
+    const uint8_t *inputs[ROWS];
+    for (int i = 0; i < ROWS; i++) inputs[i] = decoder->rows.bytes + (size_t)i * stride;
+    uint8_t *out = decoder->middle.bytes;
+    for (int row = needed.top; row < needed.bottom; row += ROWS) {
+        int count = needed.bottom - row < ROWS ? needed.bottom - row : ROWS;
+        for (int i = 0; i < count; i++) {
+            size_t first = (size_t)(row + i) * (size_t)job->image_width + (size_t)needed.left;
+            const uint8_t *rgb = job->bytes + 3 * first;
+            uint8_t *rgbx = decoder->rows.bytes + (size_t)i * stride;
+            for (size_t x = 0; x < width; x++) memcpy(rgbx + x * PIXEL, rgb + 3 * x, 3);
+        }
+        resample_rows(across, inputs, count, out, length, job->flip);
+        out += (size_t)count * length;
+    }
+    return DONE;
+}
+
 /* How much smaller the image may be decoded and still not be smaller than the result. */
 static int denominator_of(const Job *job) {
     int width = job->box.right - job->box.left, height = job->box.bottom - job->box.top;
     int denominator = 1;
+    if (job->decoded) return 1;
     while (job->reduce && denominator < 8 && width / (2 * denominator) >= job->width &&
            height / (2 * denominator) >= job->height)
         denominator *= 2;
@@ -190,6 +214,7 @@ static Status decode_from(Decoder *decoder, const Job *job, Box needed, int deno
 
 static Status decode_needed(Decoder *decoder, const Job *job, Box needed, int denominator,
                             const Axis *across) {
+    if (job->decoded) return shrink_rows(decoder, job, needed, across);
     Status status = decode_from(decoder, job, needed, denominator, across, 0);
     return status == DONE ? DONE : decode_from(decoder, job, needed, denominator, across, 1);
 }

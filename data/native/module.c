@@ -39,6 +39,7 @@ static Job job_from(const int32_t *row, const Work *work, uint8_t *out) {
     return (Job){
         .bytes = work->image.buf,
         .size = (size_t)work->image.len,
+        .decoded = work->image.ndim == 3,
         .index = work->index.buf,
         .index_size = work->index.obj == NULL ? 0 : (size_t)work->index.len,
         .image_width = row[IMAGE_WIDTH],
@@ -68,7 +69,7 @@ static Work *collect(PyObject *images, PyObject *indexes, Py_ssize_t count) {
     if (works == NULL) return (Work *)PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *index = PyList_GET_ITEM(indexes, i);
-        if (PyObject_GetBuffer(PyList_GET_ITEM(images, i), &works[i].image, PyBUF_SIMPLE) < 0 ||
+        if (PyObject_GetBuffer(PyList_GET_ITEM(images, i), &works[i].image, PyBUF_ND) < 0 ||
             (index != Py_None && PyObject_GetBuffer(index, &works[i].index, PyBUF_SIMPLE) < 0)) {
             release(works, count);
             return NULL;
@@ -114,6 +115,10 @@ static int check(const Py_buffer *jobs, const Py_buffer *out, const Work *works,
         return 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         Job job = job_from((const int32_t *)jobs->buf + i * COLUMNS, &works[i], NULL);
+        const Py_ssize_t *shape = works[i].image.shape;
+        if (job.decoded && (works[i].image.itemsize != 1 || shape[0] != job.image_height ||
+                            shape[1] != job.image_width || shape[2] != 3))
+            return 0;
         if (!valid(&job) || job.window.bottom - job.window.top != out->shape[1] ||
             job.window.right - job.window.left != out->shape[2])
             return 0;
@@ -123,7 +128,8 @@ static int check(const Py_buffer *jobs, const Py_buffer *out, const Work *works,
 
 PyDoc_STRVAR(decode_doc,
              "decode(images, indexes, jobs, out) -> list\n--\n\n"
-             "Decode a list of JPEG files, cut out, resize, mirror.\n\n"
+             "Decode a list of JPEG files, cut out, resize, mirror; uint8 [height, width, 3] in\n"
+             "place of a file are its pixels, decoded.\n\n"
              "indexes holds None or `build_index(image)` for each image. jobs int32 [n, 15]:\n"
              "width and height of the image; left, top, right, bottom of what is cut out; width\n"
              "and height to which that is resized; left, top, right, bottom of what is kept of\n"

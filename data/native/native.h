@@ -29,8 +29,9 @@ typedef enum { BILINEAR, BICUBIC } Kernel;
 /* One image and what becomes of it: cut out `box`, resize that to width x height, cut `window`
  * from the result, mirror it if so asked, and write RGB to `out`. */
 typedef struct {
-    const uint8_t *bytes; /* a JPEG file */
+    const uint8_t *bytes; /* a JPEG file, or its pixels (RGB) */
     size_t size;
+    int decoded; /* whether they are pixels */
     const uint8_t *index; /* its index of regions (region.c), or NULL */
     size_t index_size;
     int image_width, image_height;

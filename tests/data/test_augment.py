@@ -63,8 +63,13 @@ def test_evaluation_views_equal_timm(size, spec, mode):
         crop_mode=mode,
         normalize=False,
     )
-    ours = evaluation_view(spec, encode(picture, "PNG"))
-    assert np.array_equal(ours, transform(picture).permute(1, 2, 0).numpy())
+    expected = transform(picture).permute(1, 2, 0).numpy()
+    image = encode(picture, "PNG")
+    assert np.array_equal(decode(image, lambda *size: spec._geometry(0, *size)), expected)
+    difference = np.abs(evaluation_view(spec, image).astype(int) - expected)
+    # The extension's resize is within a step of exact arithmetic, Pillow's not everywhere.
+    assert (difference <= 1).mean() > 0.998
+    assert difference.max() <= 4
 
 
 def test_small_images_at_native_size_are_left_alone():

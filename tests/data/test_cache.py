@@ -13,9 +13,10 @@ import pytest
 from data import jpeg, remote
 from data.augment import AugmentSpec
 from data.base import DataError, Shard
+from data.build import build
 from data.cachefolder import CacheFolder
 from data.folder import SyntheticSource
-from data.index import Manifest, build
+from data.index import Manifest
 from data.order import StreamShuffle
 from data.pack import pack
 from data.pipeline import ImagePipeline

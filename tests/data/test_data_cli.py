@@ -1,5 +1,6 @@
 """The data commands as a user runs them: what they print, and how they fail."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,37 @@ def test_class_names_come_from_a_file_when_asked(images, tmp_path):
     assert TarSource(out).classes == ("ant", "bee", "cat")
 
 
+def test_an_indexed_set_becomes_a_beton_that_runs_can_change_to(images, tmp_path, capsys):
+    tars, beton = tmp_path / "tars", tmp_path / "beton"
+    assert main(["pack", str(images), "--out", str(tars), "--samples-per-shard", "5"]) == 0
+    options = ["--format", "beton", "--image-mode", "raw", "--workers", "2"]
+    assert main(["pack", str(tars), "--out", str(beton), *options]) == 0
+    assert f"packed 12 samples into 1 shards: {beton / 'manifest.json'}" in capsys.readouterr().out
+    assert TarSource(beton).fingerprint == TarSource(tars).fingerprint
+    assert main(["verify", str(beton), "--workers", "1"]) == 0
+    assert main(["index", str(beton)]) == 0
+    assert TarSource(beton).fingerprint == TarSource(tars).fingerprint
+
+
+def test_an_index_may_stand_apart_and_be_of_headers_alone(images, tmp_path, capsys):
+    tars, far = tmp_path / "tars", tmp_path / "far"
+    assert main(["pack", str(images), "--out", str(tars)]) == 0
+    assert main(["index", str(tars), "--out", str(far), "--headers-only"]) == 0
+    shown = capsys.readouterr().out
+    assert "NOTE: of the images only headers were read" in shown
+    assert str(far / "manifest.json") in shown
+    assert main(["index", str(tars), "--label-field", "category"]) == 2
+    assert "no number in .json (fields category)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("index", "{}/nowhere"),
+        ("index", "memory://nowhere", "--out", "{}/out"),
+        ("verify", "{}/images", "--workers", "0"),
+        ("index", "{}/images", "--workers", "0"),
+        ("pack", "{}/images", "--out", "{}/out", "--workers", "0"),
         ("pack", "{}/nowhere", "--out", "{}/out"),
         ("pack", "{}/images", "--out", "{}/images"),
         ("pack", "{}/images", "--out", "{}/out", "--samples-per-shard", "0"),
@@ -80,3 +108,22 @@ def test_the_command_line_exits_with_the_code_and_no_traceback(tmp_path):
     assert result.stderr == (
         f"error: {tmp_path / 'manifest.json'} is missing; run `foveate data index {tmp_path}`\n"
     )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_keeps_what_is_finished(images, tmp_path, workers):
+    command = [sys.executable, "-m", "data", "pack", str(images), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--samples-per-shard", "1", "--workers", workers],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        shown, error = process.communicate()
+    if process.returncode == 0:
+        pytest.skip("it was done already")
+    assert (process.returncode, error) == (130, "")
+    assert "what is finished is kept in" in shown

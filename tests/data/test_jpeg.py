@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import jpeg
-from data.decode import RESAMPLING, Geometry, decode
+from data.decode import RESAMPLING, Geometry, decode, decode_whole
 from tests.data.pictures import FOLDER, as_samples, encode, photograph
 
 pytestmark = pytest.mark.skipif(not jpeg.works(), reason="built without libjpeg-turbo's headers")
@@ -186,6 +186,42 @@ def test_a_batch_of_all_kinds_is_decoded_and_mirrored_row_by_row():
         expected = decode(images[row], lambda *_: plan)
         found = out[row, :, ::-1] if flips[row] else out[row]
         assert np.abs(found.astype(int) - expected).max() <= 1, row
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_pixels_at_hand_become_what_their_file_does(kind, data):
+    image = picture(kind)
+    pixels = decode_whole(image)
+    sides = st.integers(1, 300)
+    plan = Geometry(
+        data.draw(st.none() | boxes(PHOTO.size)),
+        size := (data.draw(sides), data.draw(sides)),
+        data.draw(st.none() | boxes(size)),
+        data.draw(st.sampled_from(sorted(RESAMPLING))),
+    )
+    out = np.zeros((3, *plan.shape, 3), np.uint8)
+    samples = as_samples([image, pixels, encode(Image.fromarray(pixels), "PNG")])
+    flips = [data.draw(st.booleans())] * 3
+    assert jpeg.decode_all(samples, lambda *_: plan, out, flips=flips) == {}
+    assert np.array_equal(out[0], out[1])
+    assert np.array_equal(out[0], out[2])
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((9, 8, 3), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.uint16),
+    ],
+)
+def test_pixels_of_another_shape_are_refused(pixels):
+    jobs = np.array([jpeg._job((8, 8), Geometry(None, (4, 4)), flip=False, reduce=False)], np.int32)
+    out = np.zeros((1, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="do not fit"):
+        jpeg._native.decode([pixels], [None], jobs, out)
 
 
 def test_without_the_extension_pillow_does_it_all(monkeypatch):

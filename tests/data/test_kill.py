@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from data.augment import AugmentSpec
 from data.base import Cursor, Shard
+from data.columns import write_atomically
 from data.folder import SyntheticSource
-from data.index import write_atomically
 from data.ledger import settle
 from data.order import stream_shuffle
 from data.pack import pack

@@ -1,11 +1,15 @@
 """Packing: whole or not at all, once, and readable by webdataset itself."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import webdataset
 
@@ -105,7 +109,8 @@ def test_a_finished_pack_that_lost_a_shard_is_not_taken_for_whole(tmp_path):
     ("content", "message"),
     [(None, r"a/3\.png cannot be read"), (b"GIF89a", r"a/3\.png is neither JPEG nor PNG")],
 )
-def test_a_bad_sample_is_named_and_leaves_nothing_behind(tmp_path, content, message):
+@pytest.mark.parametrize("settings", [{}, {"format": "beton"}], ids=["tar", "beton"])
+def test_a_bad_sample_is_named_and_no_output_left(tmp_path, content, message, settings):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for id in range(6):
         (tmp_path / "images" / "a" / f"{id}.png").write_bytes(SOURCE.read(id).image)
@@ -116,7 +121,7 @@ def test_a_bad_sample_is_named_and_leaves_nothing_behind(tmp_path, content, mess
         bad.write_bytes(content)
         source = FolderSource(tmp_path / "images")
     with pytest.raises(DataError, match=message):
-        pack(source, tmp_path / "out", samples_per_shard=2, progress=quiet)
+        pack(source, tmp_path / "out", progress=quiet, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
@@ -142,7 +147,7 @@ def another_process_packing(out):
         yield process
 
 
-def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
+def test_a_killed_pack_of_something_else_is_removed_by_the_next(tmp_path):
     out = tmp_path / "out"
     with another_process_packing(out) as process:
         process.send_signal(signal.SIGKILL)
@@ -151,6 +156,117 @@ def test_a_killed_pack_leaves_no_output_and_the_next_one_is_whole(tmp_path):
     pack(SOURCE, out, progress=quiet)
     assert len(TarSource(out)) == 50
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2147483647", "out"]
+
+
+PHOTOS = SyntheticSource(num_samples=120, num_classes=5, size=120)
+PROGRAM = """
+import sys
+from pathlib import Path
+from data.folder import SyntheticSource
+from data.pack import pack
+if __name__ == "__main__":
+    source = SyntheticSource(num_samples=120, num_classes=5, size=120)
+    pack(source, Path(sys.argv[1]), format=sys.argv[2], samples_per_shard=4, workers=2)
+"""
+
+
+@pytest.mark.parametrize("format", ["tar", "beton"])
+def test_a_pack_killed_at_any_time_goes_on_to_the_same_bytes(tmp_path, format):
+    def settings(**more):
+        return {"format": format, "samples_per_shard": 4, "progress": quiet, **more}
+
+    pack(PHOTOS, tmp_path / "serial" / "out", **settings())
+    out = tmp_path / "killed" / "out"
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+    finished = []
+    for enough in (3, 12):
+        with subprocess.Popen(
+            [sys.executable, str(script), str(out), format],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            while len(finished) < enough:
+                time.sleep(0.005)
+                finished = list(tmp_path.glob("killed/.out.part-*/out-*[rs]"))
+            process.send_signal(signal.SIGKILL)
+        assert not out.exists()
+        deadline = time.monotonic() + 20
+        while still_running(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not still_running(process.pid)
+    before = {path.name: path.stat().st_mtime_ns for path in finished}
+    lines = []
+    pack(PHOTOS, out, **settings(progress=lines.append))
+    assert lines[0].startswith("continuing after ")
+    assert contents(out) == contents(tmp_path / "serial" / "out")
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["out"]
+    if format == "tar":
+        assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert len(TarSource(out)) == 120
+
+
+def still_running(session):
+    """Whether a worker of a killed pack is alive."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("format", ["tar", "beton"])
+def test_many_processes_write_what_one_does(tmp_path, format):
+    pack(PHOTOS, tmp_path / "tars", samples_per_shard=50, progress=quiet)
+    source = TarSource(tmp_path / "tars")
+    for workers in (1, 3):
+        pack(
+            source,
+            tmp_path / str(workers) / "out",
+            format=format,
+            samples_per_shard=25,
+            workers=workers,
+            progress=quiet,
+        )
+    assert contents(tmp_path / "3" / "out") == contents(tmp_path / "1" / "out")
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
+    out, lines, rename = tmp_path / "out", [], Path.rename
+
+    def full(self, target):
+        if self.name.startswith("out-000001.tar"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    message = r"no space left for .*out \(No space left on device\); free some and run this again"
+    with pytest.raises(DataError, match=message):
+        pack(SOURCE, out, samples_per_shard=20, progress=lines.append)
+    monkeypatch.undo()
+    assert not out.exists()
+    assert "what is finished is kept in" in lines[-1]
+    pack(SOURCE, out, samples_per_shard=20, progress=lines.append)
+    assert "continuing after 17 of 50 samples" in lines
+    pack(SOURCE, tmp_path / "other" / "out", samples_per_shard=20, progress=quiet)
+    assert contents(out) == contents(tmp_path / "other" / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "tfrecord"}, "format 'tfrecord' is not one of tar, beton"),
+        ({"format": "beton", "image_mode": "webp"}, "image_mode 'webp' is not one of jpg, raw"),
+        ({"samples_per_shard": 0}, "samples_per_shard 0 must be at least 1"),
+        ({"workers": 0}, "workers 0 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):
+    with pytest.raises(DataError, match=message):
+        pack(SOURCE, tmp_path / "out", progress=quiet, **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_packs_into_one_folder_leave_each_other_alone(tmp_path):

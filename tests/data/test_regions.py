@@ -8,7 +8,7 @@ from PIL import Image
 
 from data import jpeg
 from data.augment import AugmentSpec
-from data.index import build
+from data.build import build
 from data.webdataset import TarSource
 from tests.data.pictures import encode, photograph
 from tests.data.test_index import add

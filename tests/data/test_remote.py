@@ -258,6 +258,9 @@ def test_a_name_that_leaves_the_cache_folder_is_refused(folder, tmp_path):
     origin.mkdir()
     text = (folder / "manifest.json").read_text().replace(SHARD, f"../../{SHARD}")
     (origin / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"'\.\./\.\./set-000000\.tar', which is no file name"):
+    with pytest.raises(DataError, match=r"'\.\./\.\./set-000000\.tar' outside of its folder"):
         TarSource(f"file://{origin}", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+    (origin / "manifest.json").write_text(text.replace("../../", "sub/"))
+    with pytest.raises(DataError, match=r"'sub/set-000000\.tar', which is no file name"):
+        TarSource(f"file://{origin}", tmp_path / "cache")
