@@ -169,6 +169,28 @@ class Source(Protocol):
 class DataPipeline(Protocol):
     """A stream of micro-batches that yields its own state."""
 
+    @property
+    def source(self) -> Source:
+        """The data set behind it."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in an epoch."""
+        ...
+
+    def start(self) -> Cursor:
+        """Return the cursor before the first sample of epoch 0."""
+        ...
+
     def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         """Yield micro-batches from `start` on without end, each with the cursor after it."""
+        ...
+
+    def check_epoch(self, cursor: Cursor) -> None:
+        """Raise DataError unless the epoch before the settled `cursor` showed each sample once."""
+        ...
+
+    def check_replaced(self, quarantine: Sequence[int]) -> None:
+        """Raise DataError, naming some, if more samples had to be replaced than may be."""
         ...

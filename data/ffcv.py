@@ -10,7 +10,7 @@ nothing is audited or replaced. Everything else reads .beton files by `webdatase
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class NativeLoader:
         prefetch: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
+        _require_ffcv()
         self.source = TarSource(folder)
         self.seed = seed
         self._beton = _only_beton(Path(folder))
@@ -73,6 +74,12 @@ class NativeLoader:
         """Return the cursor before the first sample of epoch 0."""
         return Cursor(epoch=0, samples=0, seed=self.seed, index=self.source.fingerprint)
 
+    def check_epoch(self, cursor: Cursor) -> None:
+        """FFCV keeps no account of what it showed."""
+
+    def check_replaced(self, quarantine: Sequence[int]) -> None:
+        """Nothing is ever replaced."""
+
     def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         """Yield this rank's batches from the epoch of `start` on, each with the cursor after it.
 
@@ -88,7 +95,7 @@ class NativeLoader:
             raise DataError(
                 f"the cursor stands at sample {start.samples} of epoch {start.epoch} (lanes "
                 f"{start.lanes}), but ffcv_native starts at epochs alone and knows no lanes: go "
-                "back to a checkpoint between epochs, or read the .beton with webdataset"
+                "back to a checkpoint between epochs, or read the .beton as source ffcv"
             )
         if self._global_batch % shard.world_size:
             raise DataError(
@@ -111,15 +118,10 @@ class NativeLoader:
             epoch += 1
 
     def _loader(self, shard: Shard) -> Any:
-        try:
-            from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
-            from ffcv.loader import Loader, OrderOption
-            from ffcv.transforms import RandomHorizontalFlip, ToTensor
-        except ImportError as error:
-            raise DataError(
-                f"data source ffcv_native needs the package ffcv ({error}): install `foveate[ffcv]`"
-                ", or read the .beton with webdataset"
-            ) from error
+        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
         size = (self._size, self._size)
         crop = RandomResizedCropRGBImageDecoder(size, scale=self._scale, ratio=self._ratio)
         image, label = self._fields
@@ -169,6 +171,16 @@ class NativeLoader:
             seed=start.seed,
             index=start.index,
         )
+
+
+def _require_ffcv() -> None:
+    try:
+        import ffcv.loader  # noqa: F401  # that it can be is all there is to know
+    except ImportError as error:
+        raise DataError(
+            f"data source ffcv_native needs the package ffcv ({error}): install `foveate[ffcv]`, "
+            "or read the .beton as source ffcv"
+        ) from error
 
 
 def _only_beton(folder: Path) -> Path:

@@ -36,20 +36,22 @@ def open_source(
     cache_dir: str | Path | None = None,
     cache_bytes: int | None = None,
 ) -> Source:
-    """Open the data set at `path`; `kind` is webdataset, folder or synthetic.
+    """Open the data set at `path`; `kind` is webdataset, ffcv, folder or synthetic.
+
+    The first two read whatever indexed shards there are, tar or .beton.
 
     Shards at a URL are kept in `cache_dir`, if given, as far as `cache_bytes` allows. For a
     synthetic set the path spells its parameters: `num_samples=256,num_classes=10,size=32`, each
     optional. Raises DataError for an unknown kind and for anything wrong with the data.
     """
     match kind:
-        case "webdataset":
+        case "webdataset" | "ffcv" | "ffcv_native":
             return TarSource(path, cache_dir, cache_bytes)
         case "folder":
             return FolderSource(path)
         case "synthetic":
             return SyntheticSource(**_parse_parameters(str(path)))
-    raise DataError(f"data source {kind!r} is not one of webdataset, folder, synthetic")
+    raise DataError(f"data source {kind!r} is not one of webdataset, ffcv, folder, synthetic")
 
 
 class ImagePipeline:

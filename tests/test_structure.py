@@ -67,7 +67,7 @@ ALLOWED = {
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
         *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
-        *("data.mixing", "data.randomness", "data.order", "data.ledger"),
+        *("data.mixing", "data.randomness", "data.order", "data.ledger", "data.ffcv"),
     },
     "models": set(),
     "data": set(),

@@ -168,6 +168,8 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
     for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
         if not 0 < low <= high:
             yield f"data.{name} is {low} {high}: give two positive numbers, the smaller first"
+    if data.source == "ffcv_native":
+        yield from _beyond_ffcv(config)
     try:
         train.image_sides()
     except ValueError:
@@ -182,6 +184,21 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
             f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, or stages "
             "such as 1,2"
         )
+
+
+def _beyond_ffcv(config: RunConfig) -> Iterator[str]:
+    """What FFCV's own loader has not got."""
+    data, train = config.data, config.train
+    wanted = {
+        "data.order stream": data.order == "stream",
+        "data.auto_augment": data.auto_augment is not None,
+        "data.repeats": data.repeats > 1,
+        "train.accumulate": train.accumulate > 1,
+        "train.progressive": train.progressive is not None,
+    }
+    named = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+    if named:
+        yield f"data.source ffcv_native knows no {named}: leave them out, or use data.source ffcv"
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import torch
 
 from data.augment import AugmentSpec
-from data.base import Source
+from data.base import DataPipeline, Source
 from data.color import ColorSpec
 from data.mixing import Mixer, MixSpec
 from data.order import FullShuffle, Shuffle, stream_shuffle
@@ -16,6 +16,33 @@ from data.policy import keeps_color_jitter
 
 from .config import RunConfig, UserError
 from .sections import DataConfig
+
+
+def make_stream(config: RunConfig, device: torch.device) -> DataPipeline:
+    """Open the training split, for our own loader or FFCV's.
+
+    Raises:
+        UserError, DataError: as `make_pipeline` does.
+    """
+    data = config.data
+    if data.source != "ffcv_native":
+        return make_pipeline(config, device)
+    from data.ffcv import NativeLoader  # which imports a package that few have
+
+    loader = NativeLoader(
+        data.train,
+        size=config.model.img_size,
+        global_batch=config.train.batch_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        hflip=data.hflip,
+        seed=config.train.seed,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        device=device,
+    )
+    _check_classes(config, loader.source)
+    return loader
 
 
 def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
@@ -27,11 +54,7 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
     """
     data = config.data
     source = _open(data, data.train)
-    if len(source.classes) != config.model.num_classes:
-        raise UserError(
-            f"{data.train} has {len(source.classes)} classes but model.num_classes is "
-            f"{config.model.num_classes}: set --model.num-classes {len(source.classes)}"
-        )
+    _check_classes(config, source)
     augment = AugmentSpec(
         size=config.model.img_size,
         sizes=config.train.image_sides(),
@@ -62,6 +85,14 @@ def make_pipeline(config: RunConfig, device: torch.device) -> ImagePipeline:
 def _open(data: DataConfig, path: str) -> Source:
     cache_bytes = None if data.cache_gb is None else int(1e9 * data.cache_gb)
     return open_source(data.source, path, cache_dir=data.cache_dir, cache_bytes=cache_bytes)
+
+
+def _check_classes(config: RunConfig, source: Source) -> None:
+    if len(source.classes) != config.model.num_classes:
+        raise UserError(
+            f"{config.data.train} has {len(source.classes)} classes but model.num_classes is "
+            f"{config.model.num_classes}: set --model.num-classes {len(source.classes)}"
+        )
 
 
 def _shuffle(config: RunConfig, source: Source) -> Shuffle:

@@ -40,8 +40,8 @@ class ModelConfig:
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    source: Literal["webdataset", "folder", "synthetic"] = "webdataset"
-    """Storage: indexed tar shards, one folder per class, or generated images."""
+    source: Literal["webdataset", "ffcv", "folder", "synthetic", "ffcv_native"] = "webdataset"
+    """Storage: indexed tar or .beton shards, one folder per class, generated, FFCV's own loader."""
     train: str = "datasets/imagenet/train"
     """Folder or URL of the training split; synthetic: num_samples=256,num_classes=10,size=32."""
     val: str = "datasets/imagenet/val"
