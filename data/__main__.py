@@ -65,7 +65,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="foveate data", description="Make data sets ready.")
+    parser = argparse.ArgumentParser(
+        prog="foveate data",
+        description="Make data sets ready.",
+        epilog="foveate data show, bench and doctor RECIPE look at data as a run of it does.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download a known data set and pack it")
     fetch.add_argument("name", choices=["cifar10"])
