@@ -53,7 +53,7 @@ def check_room(
     if needed > room:
         raise DataError(
             f"the cache {place} has room for {room / 1e9:.3f} GB, but {now} shards that are read "
-            f"at a time and the next {len(least) - now} take {needed / 1e9:.3f} GB: raise "
-            f"cache_bytes to {needed} or more on a disk that holds them, use fewer lanes or "
-            "smaller windows, or read without a cache folder"
+            f"at a time and the next {len(least) - now} take {needed / 1e9:.3f} GB: give it as "
+            "much on a disk that holds it, use fewer lanes or smaller windows, or read without a "
+            "cache folder"
         )

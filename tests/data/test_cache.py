@@ -231,7 +231,7 @@ def test_a_cache_that_is_too_small_is_refused_before_anything_is_read(server, tm
     source = TarSource(server.url, tmp_path, 3 * size)
     with pytest.raises(DataError, match=r"has room for .* GB, but 3 shards .* the next 2 take"):
         source.expect(np.array([0, 0, 0, *[9] * 9]))
-    with pytest.raises(DataError, match=r"12 shards .*: raise cache_bytes to \d+ or more"):
+    with pytest.raises(DataError, match=r"12 shards .*: give it as much"):
         source.expect(np.zeros(12, np.int64))
     assert held(tmp_path) == set()
 

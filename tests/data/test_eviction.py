@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_hold_what_is_read_is_refused_with_the_arithmetic():
     with pytest.raises(DataError) as error:
         check_room(next_use, sizes, 29.5e9, place="here")
     assert "the cache here has room for 29.500 GB, but 2 shards" in str(error.value)
-    assert "the next 2 take 30.000 GB: raise cache_bytes to 30000000000" in str(error.value)
+    assert "the next 2 take 30.000 GB: give it as much" in str(error.value)
 
 
 def test_where_everything_is_read_at_a_time_everything_must_fit():

@@ -15,14 +15,22 @@ from data.ledger import add, audit, settle
 from data.order import StreamShuffle
 from data.pipeline import ImagePipeline
 
-SOURCE = SyntheticSource(num_samples=50, num_classes=5, size=4)
+
+class Sharded(SyntheticSource):
+    """Generated images in shards of unequal size."""
+
+    shard_sizes = np.array([20, 7, 23], np.int64)
+
+
+SOURCE = Sharded(num_samples=50, num_classes=5, size=4)
 CURSOR = Cursor(epoch=0, samples=8, seed=0, index="")
 
 
 def make_pipeline(*, streamed=False, **settings):
     if streamed:
-        sizes = np.array([20, 7, 23], np.int64)
-        settings["shuffle"] = StreamShuffle(shard_sizes=sizes, seed=1, lanes=4, window=5)
+        settings["shuffle"] = StreamShuffle(
+            shard_sizes=SOURCE.shard_sizes, seed=1, lanes=4, window=5
+        )
     return ImagePipeline(
         SOURCE, augment=AugmentSpec(size=4), global_batch=12, seed=1, num_workers=1, **settings
     )

@@ -82,7 +82,7 @@ def test_arrays_come_back_pixel_by_pixel():
 @pytest.mark.parametrize(
     ("kind", "path", "message"),
     [
-        ("tfrecord", "x", "'tfrecord' is not one of webdataset, folder, synthetic"),
+        ("tfrecord", "x", "'tfrecord' is not one of webdataset, ffcv, folder, synthetic"),
         ("synthetic", "samples=3", "'samples=3' is not <name>=<number>"),
         ("synthetic", "size=big", "'size=big' is not <name>=<number>"),
         ("webdataset", "nowhere", "nowhere/manifest.json is missing; run `foveate data index"),
