@@ -108,7 +108,7 @@ static Status decode_rows(Decoder *decoder, Box needed, int denominator, const A
     JDIMENSION width = (JDIMENSION)right - left;
     if (needed.right > right || needed.bottom > (int)jpeg->output_height) return CORRUPT;
     if (width < jpeg->output_width) jpeg_crop_scanline(jpeg, &left, &width);
-    size_t stride = ((size_t)width + (size_t)across->taps) * PIXEL;
+    size_t stride = ((size_t)width + (size_t)across->taps + 2) * PIXEL;
     if (reserve(&decoder->rows, stride * ROWS) != DONE) return NO_MEMORY;
     JSAMPROW rows[ROWS];
     const uint8_t *inputs[ROWS];
@@ -135,7 +135,7 @@ static Status decode_rows(Decoder *decoder, Box needed, int denominator, const A
 /* The same from pixels that are at hand. */
 static Status shrink_rows(Decoder *decoder, const Job *job, Box needed, const Axis *across) {
     size_t width = (size_t)(needed.right - needed.left), length = (size_t)across->size * 3;
-    size_t stride = (width + (size_t)across->taps) * PIXEL;
+    size_t stride = (width + (size_t)across->taps + 2) * PIXEL;
     if (reserve(&decoder->rows, stride * ROWS) != DONE) return NO_MEMORY;
     const uint8_t *inputs[ROWS];
     for (int i = 0; i < ROWS; i++) inputs[i] = decoder->rows.bytes + (size_t)i * stride;

@@ -45,8 +45,8 @@ typedef struct {
 } Job;
 
 /* resample.c: one axis of a resize, as weights of 14 bits. Output i of `size` is the sum over t
- * < taps of weights[i * taps + t] times input first[i] + t; `taps` is a multiple of 4, the inputs
- * beyond `end` have weight 0. */
+ * < taps of weights[i * taps + t] times input first[i] + t; `taps` is even, the inputs beyond
+ * `end` have weight 0. */
 typedef struct {
     int size, taps, begin, end;
     int *first;
@@ -57,7 +57,7 @@ Status axis_create(Axis *axis, double start, double extent, int outputs, int fro
                    Kernel kernel);
 void axis_destroy(Axis *axis);
 /* Resize `rows` rows of RGBX pixels, which begin with input axis->begin, to RGB rows of axis->size
- * pixels, `stride` bytes apart. Behind the inputs axis->taps more pixels must be readable. */
+ * pixels, `stride` bytes apart. Behind the inputs axis->taps + 2 more pixels must be readable. */
 void resample_rows(const Axis *axis, const uint8_t *const *inputs, int rows, uint8_t *out,
                    size_t stride, int flip);
 /* The same for columns: `input` has axis->end - axis->begin rows of `length` bytes. */

@@ -17,6 +17,9 @@
 
 enum { HEADER = 12, BLOCKS = 6 /* of the largest MCU */ };
 
+/* Zeros behind the end: libjpeg reads its fast way only as long as so many bytes are to come. */
+enum { PADDING = 1024 };
+
 static void put16(uint8_t *out, int value) {
     out[0] = (uint8_t)value;
     out[1] = (uint8_t)(value >> 8);
@@ -45,7 +48,7 @@ Status index_build(const uint8_t *bytes, size_t size, uint8_t **index, size_t *i
     *index = NULL;
     Status status = size < (1u << 28) ? file_parse(file, bytes, size) : UNSUPPORTED;
     if (status != DONE) goto end;
-    int step = file->per_row / 8 > 2 ? file->per_row / 8 : 2;
+    int step = file->per_row / 16 > 2 ? file->per_row / 16 : 2;
     size_t entry = entry_size(file->components);
     *index_size = HEADER + entries_a_row(file->per_row, step) * (size_t)file->rows * entry;
     uint8_t *out = *index = malloc(*index_size);
@@ -348,7 +351,7 @@ Status region_extract(const Job *job, Box needed, Region *region) {
      * at most 12 symbols more, and a row that ends within a stuffed byte takes it whole. */
     size_t bridges = (size_t)(down * (before + after) + above * per_row);
     size_t rest = bridges * BLOCKS * 12 + (size_t)down * 2 + 8 * TABLES * 36;
-    status = region_reserve(region, 2 * job->size + rest);
+    status = region_reserve(region, 2 * job->size + rest + PADDING);
     if (status != DONE) return status;
     Writer writer = {.out = region->bytes};
     put_header(&file, region->width, region->height, &writer.out);
@@ -358,6 +361,8 @@ Status region_extract(const Job *job, Box needed, Region *region) {
     if (writer.count) put_bits(&writer, 0x7F, 8 - writer.count);
     *writer.out++ = 0xFF;
     *writer.out++ = 0xD9;
+    memset(writer.out, 0, PADDING);
+    writer.out += PADDING;
     region->size = (size_t)(writer.out - region->bytes);
     return DONE;
 }

@@ -33,18 +33,35 @@ static int clamp(int value, int low, int high) {
     return value < low ? low : value > high ? high : value;
 }
 
+static double weigh(Kernel kernel, double x) {
+    return kernel == BILINEAR ? bilinear(x) : bicubic(x);
+}
+
+/* As floor and lrint do, for numbers that an int holds, and without a call. */
+static int round_down(double x) {
+    int whole = (int)x;
+    return whole - (whole > x);
+}
+
+static int round_nearest(double x) {
+#if defined(__x86_64__)
+    return _mm_cvtsd_si32(_mm_set_sd(x));
+#else
+    return (int)lrint(x);
+#endif
+}
+
 /* The inputs that output i depends on, of `count` from `origin` on, as [*first, *last). */
 static void support(double start, double scale, double radius, int i, int origin, int count,
                     int *first, int *last) {
     double centre = start + (i + 0.5) * scale;
-    *first = clamp((int)floor(centre - radius + 0.5), origin, origin + count - 1);
-    *last = clamp((int)floor(centre + radius + 0.5), *first + 1, origin + count);
+    *first = clamp(round_down(centre - radius + 0.5), origin, origin + count - 1);
+    *last = clamp(round_down(centre + radius + 0.5), *first + 1, origin + count);
 }
 
 /* Outputs [from, to) of `outputs` that share the inputs [start, start + extent) evenly. */
 Status axis_create(Axis *axis, double start, double extent, int outputs, int from, int to,
                    Kernel kernel) {
-    double (*weigh)(double) = kernel == BILINEAR ? bilinear : bicubic;
     double scale = extent / outputs, width = scale > 1 ? scale : 1;
     double radius = (kernel == BILINEAR ? 1 : 2) * width;
     int origin = (int)floor(start), count = (int)ceil(start + extent) - origin;
@@ -54,7 +71,7 @@ Status axis_create(Axis *axis, double start, double extent, int outputs, int fro
         support(start, scale, radius, i, origin, count, &first, &last);
         if (last - first > taps) taps = last - first;
     }
-    taps = (taps + 3) / 4 * 4;
+    taps = (taps + 1) / 2 * 2;
     axis->size = to - from;
     axis->taps = taps;
     axis->first = malloc(sizeof(int) * (size_t)axis->size);
@@ -70,13 +87,13 @@ Status axis_create(Axis *axis, double start, double extent, int outputs, int fro
         int16_t *row = axis->weights + (size_t)(i - from) * (size_t)taps;
         support(start, scale, radius, i, origin, count, &first, &last);
         for (int t = 0; t < last - first; t++)
-            total += exact[t] = weigh((first + t + 0.5 - centre) / width);
+            total += exact[t] = weigh(kernel, (first + t + 0.5 - centre) / width);
         /* Rounded so that the weights add up to one: flat areas stay what they are. */
         double carried = 0;
         int sum = 0;
         for (int t = 0; t < last - first; t++) {
             carried += exact[t] / total * ONE;
-            row[t] = (int16_t)((int)lrint(carried) - sum);
+            row[t] = (int16_t)(round_nearest(carried) - sum);
             sum += row[t];
         }
         axis->first[i - from] = first;
@@ -136,9 +153,9 @@ AVX2 static inline __m256i weight_pair(const int16_t *weights) {
     return _mm256_set1_epi32(both);
 }
 
-/* Add four weighted pixels of two rows to their sums: red, green, blue, X of each. */
+/* Add four weighted pixels of two rows, or two, to their sums: red, green, blue, X of each. */
 AVX2 static inline __m256i add_pixels(__m256i sums, const uint8_t *lower, const uint8_t *upper,
-                                      const int16_t *weights) {
+                                      const int16_t *weights, int four) {
     /* Of two pixels: their reds side by side as 16 bits, their greens, blues, and X. */
     const __m256i pair = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
@@ -147,6 +164,7 @@ AVX2 static inline __m256i add_pixels(__m256i sums, const uint8_t *lower, const 
     __m256i pixels = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)lower));
     pixels = _mm256_inserti128_si256(pixels, _mm_loadu_si128((const __m128i *)upper), 1);
     __m256i two = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pair), weight_pair(weights));
+    if (!four) return _mm256_add_epi32(sums, two);
     __m256i more = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, next), weight_pair(weights + 2));
     return _mm256_add_epi32(_mm256_add_epi32(sums, two), more);
 }
@@ -156,9 +174,14 @@ AVX2 static inline __m256i pixel_avx2(const Axis *axis, const uint8_t *const *ro
     const int16_t *weights = axis->weights + (size_t)i * (size_t)axis->taps;
     size_t at = (size_t)(axis->first[i] - axis->begin) * PIXEL;
     __m256i sums = _mm256_set1_epi32(HALF), others = sums;
-    for (int t = 0; t < axis->taps; t += 4, at += 4 * PIXEL) {
-        sums = add_pixels(sums, rows[0] + at, rows[1] + at, weights + t);
-        others = add_pixels(others, rows[2] + at, rows[3] + at, weights + t);
+    int t = 0;
+    for (; t + 4 <= axis->taps; t += 4, at += 4 * PIXEL) {
+        sums = add_pixels(sums, rows[0] + at, rows[1] + at, weights + t, 1);
+        others = add_pixels(others, rows[2] + at, rows[3] + at, weights + t, 1);
+    }
+    if (t < axis->taps) {
+        sums = add_pixels(sums, rows[0] + at, rows[1] + at, weights + t, 0);
+        others = add_pixels(others, rows[2] + at, rows[3] + at, weights + t, 0);
     }
     sums = _mm256_packs_epi32(_mm256_srai_epi32(sums, BITS), _mm256_srai_epi32(others, BITS));
     return _mm256_packus_epi16(sums, sums);
@@ -209,7 +232,7 @@ AVX2 static size_t columns_avx2(const Axis *axis, const uint8_t *input, size_t l
         const int16_t *weights = axis->weights + (size_t)y * (size_t)axis->taps;
         int first = axis->first[y] - axis->begin;
         int taps = rows - first < axis->taps ? rows - first : axis->taps;
-        while (taps > 1 && weights[taps - 1] == 0) taps--; /* they only fill up to 4 */
+        while (taps > 1 && weights[taps - 1] == 0) taps--; /* they only fill up */
         const uint8_t *top = input + (size_t)first * length;
         for (size_t x = 0; x < whole; x += COLUMNS)
             _mm256_storeu_si256((__m256i *)(out + x), column_avx2(top + x, length, weights, taps));
