@@ -158,7 +158,7 @@ def bench(config: RunConfig, *, num_images: int) -> dict[str, float | int]:
     Raises:
         DataError: if the data cannot be read.
     """
-    per_batch = min(_BATCH, num_images // 2)
+    per_batch = max(2, min(_BATCH, config.train.batch_size, num_images // 2))
     train = replace(config.train, batch_size=per_batch - per_batch % 2, accumulate=1)
     pipeline = make_pipeline(replace(config, train=train), torch.device("cpu"))
     mixer = make_mixer(config)
