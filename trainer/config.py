@@ -98,8 +98,8 @@ class RunConfig:
 _POSITIVE = (
     "model.img_size", "model.num_classes", "model.pretrain_size", "model.fixed_pool_size",
     "model.layer_scale", "data.num_workers", "data.prefetch", "data.repeats", "data.lanes",
-    "data.cache_gb", "data.window", "train.epochs", "train.accumulate",
-    "optim.lr", "optim.eps", "optim.clip_grad",
+    "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
+    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
     "checkpoint.keep_last", "log.every",
 )  # fmt: skip

@@ -159,6 +159,13 @@ def test_a_bad_override_is_one_line(arguments, parts, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("name", ["train.batch-size", "data.lanes", "data.window"])
+@pytest.mark.parametrize("value", ["0", "-4"])
+def test_sizes_must_be_above_zero(name, value):
+    with pytest.raises(UserError, match=f"{name.replace('-', '_')} is {value}: it must be above 0"):
+        override(recipe("demo"), [f"--{name}", value])
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(UserError) as error:
         override(
