@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.base import BadSample, Batch, Cursor, DataError, Sample, Source
+from data.device import to_device
 
 Pixels = NDArray[np.uint8]
 Render = Callable[[Sequence[Sample], NDArray[np.int64], Pixels], dict[int, DataError]]
@@ -177,16 +178,11 @@ class Loader:
         plan, valid = pending.plan, pending.plan.ids >= 0
         labels = np.where(valid, self._source.labels[pending.shown], 0)
         return Batch(
-            images=self._to_device(pending.images),
-            labels=self._to_device(torch.from_numpy(labels)),
+            images=pending.images.to(self._device, non_blocking=True),  # they are pinned
+            labels=to_device(labels, self._device),
             ids=torch.from_numpy(pending.shown),
             planned=torch.from_numpy(plan.ids),
             positions=torch.from_numpy(plan.positions),
-            valid=self._to_device(torch.from_numpy(valid)),
+            valid=to_device(valid, self._device),
             epoch=plan.epoch,
         )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return tensor.to(self._device)
-        return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -60,8 +60,11 @@ def gloo_group() -> dist.ProcessGroup:
     return group
 
 
-def gather(value: dict[str, Any], group: dist.ProcessGroup) -> list[dict[str, Any]]:
-    """Return the values that all ranks of `group` gave, by rank; they are plain, as in JSON."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values that all ranks of `group`, or of the run, gave, by rank.
+
+    They are plain, as in JSON.
+    """
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.base import Shard
 from models.base import Backbone
+from trainer.group import gather
 from trainer.optim import adamw
 from trainer.sections import OptimConfig
 
@@ -184,8 +185,7 @@ class TorchBackend(ABC):
 def _data_shard() -> Shard:
     """Return this rank's share of the data, and which ranks run on its machine beside it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = gather(socket.gethostname())
     first = last = rank
     while first > 0 and hosts[first - 1] == hosts[rank]:
         first -= 1
