@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -52,7 +52,14 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: State, step: int, record: dict[str, Any], *, keep: int | None) -> None:
+    def save(
+        self,
+        state: Iterable[tuple[str, Tensor]],
+        step: int,
+        record: dict[str, Any],
+        *,
+        keep: int | None,
+    ) -> None:
         """Copy `state` and write it in the background as the checkpoint of `step`.
 
         Waits for an earlier save first. `record` is the JSON that load() returns, its `model` the
@@ -62,7 +69,7 @@ class Checkpointer:
             UserError: if the earlier save failed, a full disk for one; older checkpoints stay.
         """
         self.wait()
-        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
         self._thread = threading.Thread(
             target=self._write_guarded, args=(copy, step, record, keep), name="checkpoint"
         )

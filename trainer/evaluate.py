@@ -3,12 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.base import Batch
+from data.augment import EvalSpec
+from data.base import Batch, Shard, Source
+from data.mixing import normalize
+from data.pipeline import eval_batches
+
+from .config import RunConfig
+
+
+class Evaluator:
+    """Evaluates a run's network on its evaluation split `source`, of which `shard` is this rank's.
+
+    It must stand for square images of `model.img_size` pixels. `stop` is asked before each batch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: Source,
+        *,
+        shard: Shard,
+        device: torch.device,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.shard = shard
+        self.device = device
+        self.stop = stop
+
+    def accuracy(self, model: nn.Module) -> dict[str, float] | None:
+        """Return top1 and top5 in percent, or None if it was stopped."""
+        data, size = self.config.data, self.config.model.img_size
+        batches = eval_batches(
+            self.source,
+            EvalSpec(
+                size=size, crop_pct=self.config.eval.crop_pct, squash=self.config.model.squash
+            ),
+            batch_size=-(-self.config.eval.batch_size // self.shard.world_size),
+            shard=self.shard,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+            device=self.device,
+        )
+        with closing(batches):
+            return evaluate(
+                model,
+                batches,
+                normalize=partial(normalize, mean=data.mean, std=data.std),
+                stop=self.stop,
+            )
 
 
 def evaluate(

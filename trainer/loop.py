@@ -7,7 +7,7 @@ what the loop does, it calls by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.augment import EvalSpec
 from data.base import Batch, Cursor
 from data.ledger import settle
-from data.mixing import normalize
-from data.pipeline import eval_batches
 from data.randomness import drop_noise
 from launcher.process import Process
 from models.layers import micro_batch
@@ -28,14 +25,15 @@ from .backends.base import Backend
 from .backends.ddp import DDPBackend
 from .backends.fsdp import FSDPBackend
 from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
-from .checkpoint import Checkpointer, State
+from .checkpoint import Checkpointer
 from .config import RunConfig
+from .determinism import be_deterministic
 from .ema import EMA
-from .evaluate import evaluate
+from .evaluate import Evaluator
 from .group import gather, gloo_group, join
 from .inputs import make_mixer, make_stream, open_val
 from .metrics import MetricLogger
-from .optim import learning_rate
+from .optim import Hyper, learning_rate
 from .signals import Signals
 from .state import TrainState
 from .task import classification
@@ -56,9 +54,11 @@ class Trainer:
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
+        if config.train.deterministic:
+            be_deterministic()
         self.device = join(process)
         self.pipeline = make_stream(config, self.device)
-        self.val = open_val(config, classes=self.pipeline.source.classes)
+        val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -79,6 +79,13 @@ class Trainer:
         self.state = self.saved = self._restore()
         self.group = gloo_group()
         self.signals = Signals(gloo_group())
+        self.evaluator = Evaluator(
+            config,
+            val,
+            shard=self.backend.data_shard,
+            device=self.device,
+            stop=self.signals.agree,
+        )
         self.metrics = MetricLogger(
             self.run_dir,
             step=self.state.step,
@@ -102,7 +109,7 @@ class Trainer:
             raise
         finally:
             self.pipeline.source.close()
-            self.val.close()
+            self.evaluator.source.close()
 
     def _train(self) -> bool:
         self._announce()
@@ -110,10 +117,10 @@ class Trainer:
         with closing(self.pipeline.batches(self.state.cursor, shard)) as stream:
             self._evaluate_if_due()  # a stop may have cut it short
             while self.state.step < self.total_steps and not self.signals.agree():
-                lr = self._learning_rate()
-                values, cursor = self._step(stream, lr)
+                hyper = self._hyper()
+                values, cursor = self._step(stream, hyper)
                 self.state = self.state.advance(cursor)
-                self.metrics.train(self.state.step, values, lr=lr)
+                self.metrics.train(self.state.step, values, lr=hyper.lr)
                 self._check_numerics()
                 if cursor.samples == 0:
                     self._check_epoch()
@@ -123,7 +130,7 @@ class Trainer:
         return self._finish()
 
     def _step(
-        self, stream: Iterator[tuple[Batch, Cursor]], lr: float
+        self, stream: Iterator[tuple[Batch, Cursor]], hyper: Hyper
     ) -> tuple[dict[str, Tensor], Cursor]:
         """Make one optimizer step; return its device scalars and the cursor after its data."""
         accumulate = self.config.train.accumulate
@@ -141,7 +148,7 @@ class Trainer:
                 self.backend.backward(loss.total / accumulate)
             for name, part in loss.parts.items():
                 values[name] = values.get(name, torch.zeros_like(part)) + part / accumulate
-        info = self.backend.apply(lr)
+        info = self.backend.apply(hyper)
         if self.ema is not None:
             self.ema.update()
         return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
@@ -167,13 +174,15 @@ class Trainer:
         )
         return torch.from_numpy(noise).to(self.device, non_blocking=True)
 
-    def _learning_rate(self) -> float:
-        return learning_rate(
+    def _hyper(self) -> Hyper:
+        """What the schedules say of the next step."""
+        lr = learning_rate(
             self.state.step,
             self.config.optim,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
+        return Hyper(lr=lr, weight_decay=self.config.optim.weight_decay)
 
     def _due(self, every: int) -> bool:
         step = self.state.step
@@ -201,7 +210,7 @@ class Trainer:
         with self.metrics.paused():
             results = self._accuracy()
             if results is not None and self.ema is not None:
-                with self.ema.swapped():
+                with self._averaged():
                     average = self._accuracy()
                 results = average and results | {f"ema_{name}": v for name, v in average.items()}
         if results is not None:
@@ -210,36 +219,25 @@ class Trainer:
             self.metrics.event("eval", self.state.step, **results)
 
     def _accuracy(self) -> dict[str, float] | None:
-        data, world_size = self.config.data, dist.get_world_size()
         self._fit(self.config.model.img_size)
-        batches = eval_batches(
-            self.val,
-            EvalSpec(
-                size=self.config.model.img_size,
-                crop_pct=self.config.eval.crop_pct,
-                squash=self.config.model.squash,
-            ),
-            batch_size=-(-self.config.eval.batch_size // world_size),
-            shard=self.backend.data_shard,
-            num_workers=data.num_workers,
-            prefetch=data.prefetch,
-            device=self.device,
-        )
-        with self._autocast(), closing(batches):
-            return evaluate(
-                self.model,
-                batches,
-                normalize=lambda images: normalize(images, mean=data.mean, std=data.std),
-                stop=self.signals.agree,
-            )
+        with self._autocast():
+            return self.evaluator.accuracy(self.model)
 
-    def _full_state(self) -> State:
-        """Every tensor of the training state, by canonical name; they are the live ones."""
-        state = self.backend.export_state()
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the model compute with the average for as long as the context lasts."""
+        assert self.ema is not None
+        with self.ema.swapped():
+            self.backend.refresh()
+            yield
+        self.backend.refresh()
+
+    def _full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the training state, by canonical name."""
+        yield from self.backend.export_state()
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
-                state[f"ema/{name}"] = self.backend.canonical(name, tensor)
-        return state
+                yield f"ema/{name}", self.backend.canonical(name, tensor)
 
     def _save(self) -> None:
         self.metrics.flush()  # a run that goes on from here has reported every step before
@@ -280,7 +278,7 @@ class Trainer:
 
     def _restore(self) -> TrainState:
         """Continue from the newest good checkpoint, or start."""
-        state = self._full_state()
+        state = dict(self._full_state())
         record = self.checkpointer.load(state, model=self.config.model.name)
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())

@@ -7,30 +7,56 @@ does not care, and the same code serves every backend. The schedule is a pure fu
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.base import Backbone
+
 from .sections import OptimConfig
 
 
-def adamw(tensors: dict[str, Tensor], decayed: set[str], config: OptimConfig) -> torch.optim.AdamW:
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """What the schedules say of one step."""
+
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters by name that weight decay applies to, or not."""
+
+    names: tuple[str, ...]
+    decayed: bool
+
+
+def parameter_groups(model: Backbone) -> list[ParameterGroup]:
+    """Return groups that name every parameter of `model` exactly once; one may be empty."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        names[not model.no_weight_decay(name, parameter)].append(name)
+    return [ParameterGroup(names=tuple(found), decayed=key) for key, found in names.items()]
+
+
+def adamw(
+    tensors: dict[str, Tensor], groups: Sequence[ParameterGroup], config: OptimConfig
+) -> torch.optim.AdamW:
     """Return AdamW (https://arxiv.org/abs/1711.05101) over `tensors`, with its state made.
 
-    `decayed` names the tensors that weight decay applies to. The fused form is asked for because
-    it can leave an update out on the device's own decision (`found_inf`), without a host sync.
+    The fused form is asked for because it can leave an update out on the device's own decision
+    (`found_inf`), without a host sync.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [t for name, t in tensors.items() if name in decayed]},
-        {"params": [t for name, t in tensors.items() if name not in decayed], "weight_decay": 0.0},
-    ]
     optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.lr,
+        [
+            {"params": [tensors[name] for name in group.names], "decayed": group.decayed}
+            for group in groups
+        ],
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
         fused=True,
     )
     for tensor in tensors.values():
@@ -40,6 +66,13 @@ def adamw(tensors: dict[str, Tensor], decayed: set[str], config: OptimConfig) ->
             "exp_avg_sq": torch.zeros_like(tensor),
         }
     return optimizer
+
+
+def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:
+    """Let the next step of an optimizer over `ParameterGroup`s be made with `hyper`."""
+    for group in optimizer.param_groups:
+        group["lr"] = hyper.lr
+        group["weight_decay"] = hyper.weight_decay if group["decayed"] else 0.0
 
 
 def learning_rate(

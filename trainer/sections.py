@@ -131,6 +131,8 @@ class TrainConfig:
     """Image side by first epoch, such as 0:128,100:176,200:224; unset trains at model.img_size."""
     seed: int = 0
     """Seed of initial weights, order, augmentation and drop path."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time: slower on GPUs."""
 
     def image_sides(self) -> tuple[tuple[int, int], ...]:
         """Return (first epoch, image side) pairs, rising from epoch 0; none if not progressive.

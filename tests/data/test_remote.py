@@ -168,6 +168,7 @@ def test_a_sample_that_stays_damaged_is_a_bad_sample(server):
 
 def test_a_request_that_is_slower_than_others_is_made_twice(server, monkeypatch):
     monkeypatch.setattr(remote, "_STALLED", 1e6)
+    monkeypatch.setattr(remote, "_FAMILIAR", 30)  # before which none is asked twice
     reader = Remote(server.url)
     expected = (server.folder / SHARD).read_bytes()
     for place in range(30):

@@ -75,7 +75,7 @@ def save_load_and_lose_the_run(rank, world_size, root):
     """Save step 5 while the live tensors change, load it, be fenced off by a newer start."""
     checkpointer = Checkpointer(Path(root), dist.new_group(backend="gloo"), keep_last=9)
     live = divided_state(world_size, whole_state())
-    checkpointer.save(live, 5, RECORD, keep=None)
+    checkpointer.save(live.items(), 5, RECORD, keep=None)
     for tensor in live.values():
         local(tensor).fill_(-1)
     checkpointer.wait()
@@ -83,15 +83,15 @@ def save_load_and_lose_the_run(rank, world_size, root):
 
     staged = manifest.staging_folder(Path(root), 10, checkpointer.generation)
     if rank == 0:
-        checkpointer.save(live, 10, RECORD, keep=None)  # which waits for rank 1
+        checkpointer.save(live.items(), 10, RECORD, keep=None)  # which waits for rank 1
         while not staged.exists():
             pass
         manifest.begin_generation(Path(root))
     dist.barrier()
     if rank == 1:
-        checkpointer.save(live, 10, RECORD, keep=None)
+        checkpointer.save(live.items(), 10, RECORD, keep=None)
     fenced = [message_of(checkpointer.wait)]
-    checkpointer.save(live, 15, RECORD, keep=None)  # now it is stale from the start
+    checkpointer.save(live.items(), 15, RECORD, keep=None)  # now it is stale from the start
     fenced.append(message_of(checkpointer.wait))
     return {"loaded": loaded, "fenced": fenced}
 
@@ -128,7 +128,7 @@ def load(root, group, state, *, model=MODEL):
 
 def save(checkpointer, *steps, keep=None):
     for step in steps:
-        checkpointer.save(whole_state(step), step, RECORD | {"step": step}, keep=keep)
+        checkpointer.save(whole_state(step).items(), step, RECORD | {"step": step}, keep=keep)
     checkpointer.wait()
 
 
@@ -304,7 +304,7 @@ small, large = {"w": torch.ones(1000)}, {"w": torch.ones(2_000_000)}
 long = {"note": "x" * 2_000_000}
 messages = []
 for step, (state, record) in enumerate([(small, {}), (large, {}), (small, long), (small, {})]):
-    checkpointer.save(state, step, record, keep=None)
+    checkpointer.save(state.items(), step, record, keep=None)
     try:
         checkpointer.wait()
     except UserError as error:

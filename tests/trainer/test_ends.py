@@ -45,7 +45,7 @@ def start(config):
 def unusual_ends(rank, world_size, stopped, *diverging):
     """Start one run three times, the first with an alarm; return what each start came to."""
     trainer = start(stopped)
-    trainer.val = Alarm(trainer.val)
+    trainer.evaluator.source = Alarm(trainer.evaluator.source)
     complete = [trainer.run(), start(stopped).run(), start(stopped).run()]
     return {"complete": complete, "messages": [bad_numerics(start(c)) for c in diverging]}
 

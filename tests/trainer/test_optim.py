@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from trainer.optim import adamw, learning_rate
+from trainer.optim import Hyper, ParameterGroup, adamw, learning_rate, set_hyper
 from trainer.recipes import recipe
 from trainer.sections import OptimConfig
 
@@ -74,6 +74,10 @@ def test_every_step_equals_timms_schedule(name):
 
 CONFIG = OptimConfig(lr=3e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
 SHAPES = {"block.weight": (5, 3), "block.bias": (5,), "scale": (), "empty": (0, 4)}
+GROUPS = [
+    ParameterGroup(names=("block.weight",), decayed=True),
+    ParameterGroup(names=("block.bias", "scale", "empty"), decayed=False),
+]
 
 
 def tensors(seed):
@@ -85,8 +89,7 @@ def step_with(optimizer, weights, grads, *, lr, found_inf=0.0):
     """One step as a backend makes it."""
     for name, weight in weights.items():
         weight.grad = grads[name]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_hyper(optimizer, Hyper(lr=lr, weight_decay=CONFIG.weight_decay))
     optimizer.found_inf = torch.tensor(found_inf)
     optimizer.step()
 
@@ -107,7 +110,7 @@ def reference(weight, grads, rates, *, decay):
 def test_adamw_equals_its_formulas_with_and_without_decay():
     weights = tensors(0)
     start = {name: weight.clone() for name, weight in weights.items()}
-    optimizer = adamw(weights, {"block.weight"}, CONFIG)
+    optimizer = adamw(weights, GROUPS, CONFIG)
     grads = [tensors(seed) for seed in range(1, 8)]
     rates = [CONFIG.lr * (1 + number) / 4 for number in range(len(grads))]
     for grad, lr in zip(grads, rates, strict=True):
@@ -126,7 +129,7 @@ def test_adamw_equals_its_formulas_with_and_without_decay():
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_step_found_infinite_leaves_everything_alone(bad):
     weights = tensors(0)
-    optimizer = adamw(weights, {"block.weight"}, CONFIG)
+    optimizer = adamw(weights, GROUPS, CONFIG)
     step_with(optimizer, weights, tensors(1), lr=CONFIG.lr)
     before = everything(weights, optimizer)
     broken = {name: torch.full_like(grad, bad) for name, grad in tensors(2).items()}

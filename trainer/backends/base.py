@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from data.base import Shard
 from models.base import Backbone
 from trainer.group import gather
-from trainer.optim import adamw
+from trainer.optim import Hyper, adamw, parameter_groups, set_hyper
 from trainer.sections import OptimConfig
 
 CanonicalState = dict[str, Tensor]
-"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`."""
+"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`, each a plain tensor
+that is equal on all ranks or a DTensor."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,7 +65,7 @@ class Backend(Protocol):
         """Add the gradients of a micro-batch's loss."""
         ...
 
-    def apply(self, lr: float) -> StepInfo:
+    def apply(self, hyper: Hyper) -> StepInfo:
         """Clip, step and clear the gradients, without waiting for the device."""
         ...
 
@@ -76,8 +77,15 @@ class Backend(Protocol):
         """Dress a tensor laid out like the local part of `name` as its share of the whole."""
         ...
 
-    def export_state(self) -> CanonicalState:
-        """The canonical training state; its tensors are the live ones."""
+    def refresh(self) -> None:
+        """Let the model compute with what was written to local_tensors()."""
+        ...
+
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The canonical training state, tensor by tensor, so that a save holds few at a time.
+
+        All ranks must take all of it. Tensors may be the live ones: they hold until the next step.
+        """
         ...
 
     def import_state(self, state: CanonicalState) -> None:
@@ -102,8 +110,7 @@ class TorchBackend(ABC):
         wrapped = self.wrap(model)
         self.parameters = dict(model.named_parameters())
         self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
-        decayed = {n for n, p in self.parameters.items() if not model.no_weight_decay(n, p)}
-        self.optimizer = adamw(self.locals, decayed, optim)
+        self.optimizer = adamw(self.locals, parameter_groups(model), optim)
         return wrapped
 
     @abstractmethod
@@ -131,7 +138,7 @@ class TorchBackend(ABC):
         """Add a number up over the processes among which parameters are divided."""
 
     @torch.no_grad()
-    def apply(self, lr: float) -> StepInfo:
+    def apply(self, hyper: Hyper) -> StepInfo:
         """See Backend.apply."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(grads)).square().sum()
@@ -143,8 +150,7 @@ class TorchBackend(ABC):
             grad = parameter.grad
             self.locals[name].grad = None if grad is None else self.local(grad)
             parameter.grad = None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_hyper(self.optimizer, hyper)
         # The fused step reads this on the device and then leaves weights and moments alone.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -161,22 +167,23 @@ class TorchBackend(ABC):
         floating = {name: b for name, b in self._buffers() if b.is_floating_point()}
         return {**self.locals, **floating}
 
-    def export_state(self) -> CanonicalState:
+    def refresh(self) -> None:  # noqa: B027
+        """See Backend.refresh: the local tensors are what it computes with."""
+
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend.export_state."""
-        state: CanonicalState = {}
         for name, local in self.locals.items():
-            state[f"weight/{name}"] = self.canonical(name, local)
+            yield f"weight/{name}", self.canonical(name, local)
             for moment in MOMENTS:
-                held = self.optimizer.state[local][moment]
-                state[f"{moment}/{name}"] = self.canonical(name, held)
-        state.update({f"buffer/{name}": buffer for name, buffer in self._buffers()})
-        state["step"] = next(iter(self.optimizer.state.values()))["step"].clone()
-        return state
+                yield f"{moment}/{name}", self.canonical(name, self.optimizer.state[local][moment])
+        for name, buffer in self._buffers():
+            yield f"buffer/{name}", buffer
+        yield "step", next(iter(self.optimizer.state.values()))["step"].clone()
 
     @torch.no_grad()
     def import_state(self, state: CanonicalState) -> None:
         """See Backend.import_state."""
-        for name, live in self.export_state().items():
+        for name, live in self.export_state():
             live.copy_(state[name])
         for held in self.optimizer.state.values():
             held["step"].copy_(state["step"])
