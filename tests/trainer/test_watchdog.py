@@ -1,0 +1,69 @@
+"""The watchdog: a run in which a rank gets stuck ends, and says which rank and where."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from launcher.process import Failure
+from tests.dist import RankError, run_distributed
+from trainer.watchdog import Watchdog
+
+SECONDS = 0.8
+
+
+def get_stuck(rank, world_size, folder, who, how):
+    """All ranks meet twice; one of them never comes to the second meeting."""
+    watchdog = Watchdog(folder, seconds=SECONDS)
+    watchdog.at("computing")
+    dist.barrier()
+    watchdog.started()
+    if rank == who:
+        watchdog.at("waiting for data")
+        if how == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        threading.Event().wait()
+    watchdog.at("waiting for data")
+    watchdog.at("computing")
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("who", "how", "said"),
+    [
+        (1, "waits", f"rank 1 on {socket.gethostname()} (waiting for data) got stuck"),
+        (2, "stops", "rank 2 on"),
+        (0, "stops", "rank 0 on"),
+    ],
+)
+def test_the_rank_that_others_wait_for_is_named(tmp_path, who, how, said):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(RankError, match="ended with exit code 76"):
+        run_distributed(get_stuck, 3, tmp_path, who, how)
+    failure = Failure.read(tmp_path)
+    assert failure.code == 76
+    assert said in failure.message
+    assert ("does not answer" in failure.message) == (how == "stops")
+    assert failure.message.startswith("no progress for 1 seconds: ")
+
+
+def move_on(rank, world_size, folder):
+    """Take longer than the limit, but for no single thing."""
+    watchdog = Watchdog(folder, seconds=SECONDS)
+    watchdog.started()
+    begin = time.monotonic()
+    while time.monotonic() - begin < 2 * SECONDS:
+        watchdog.at("computing")
+        dist.barrier()
+    watchdog.close()
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_a_slow_run_that_moves_on_is_left_alone(tmp_path):
+    (tmp_path / "logs").mkdir()
+    names = run_distributed(move_on, 2, tmp_path)
+    assert "foveate-watchdog" not in [name for rank in names for name in rank]
