@@ -24,6 +24,7 @@ from .sections import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    GuardConfig,
     LogConfig,
     MemoryConfig,
     ModelConfig,
@@ -53,6 +54,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def validate(self) -> list[str]:
@@ -101,12 +103,12 @@ _POSITIVE = (
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
     "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
-    "checkpoint.keep_last", "log.every",
+    "checkpoint.keep_last", "log.every", "guard.window", "guard.record",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
     "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
-    "train.seed", "train.z_loss",
+    "train.seed", "train.z_loss", "guard.spike", "guard.max_rollbacks", "guard.hang_seconds",
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob", "data.max_bad",

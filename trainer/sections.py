@@ -232,6 +232,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens when losses jump or a rank gets stuck."""
+
+    spike: float = 0.0
+    """A loss is a spike this many median deviations above the median of those before; 0 is off."""
+    window: int = 128
+    """Losses before a step that it is compared with."""
+    action: Literal["skip", "rollback", "abort"] = "skip"
+    """On a spike: leave the update out, go back to the weights saved before it, or stop."""
+    max_rollbacks: int = 3
+    """Times to go back before the run stops."""
+    record: int = 64
+    """Last steps that are written to logs/steps_*.json when something goes wrong."""
+    hang_seconds: float = 900.0
+    """Time without progress after which a run ends and names the rank that got stuck; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is reported, and how often."""
 

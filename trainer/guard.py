@@ -1,0 +1,147 @@
+"""The guard: which updates count, and a record of the last steps for when something goes wrong.
+
+A loss is a spike where it lies further above the median of the steps before it than `guard.spike`
+times their median absolute deviation. Invariants: what decides about an update is computed on the
+device, from what all ranks share, so that nobody waits and all decide alike; what people are told
+is read an interval later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.base import Batch, Cursor
+
+from .manifest import write_atomically
+from .optim import Hyper
+from .sections import GuardConfig
+
+_FEWEST = 16  # losses, before which nothing is known of how much they vary
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss, a mean over all ranks, was above `limit`."""
+
+    step: int
+    loss: float
+    limit: float
+
+
+@dataclass
+class _Entry:
+    """One step as it was: `values` are device scalars, `read` the same once they were asked for."""
+
+    step: int
+    cursor: Cursor
+    hyper: Hyper
+    ids: Sequence[Tensor]
+    values: dict[str, Tensor]
+    read: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable form."""
+        return {
+            "step": self.step,
+            "epoch": self.cursor.epoch,
+            "samples": self.cursor.samples,
+            **vars(self.hyper),
+            **{k: v if math.isfinite(v) else str(v) for k, v in (self.read or {}).items()},
+            "ids": [ids.tolist() for ids in self.ids],
+        }
+
+
+class Guard:
+    """Judges the losses of a run's steps, and remembers this rank's last `config.record` steps."""
+
+    def __init__(self, config: GuardConfig, run_dir: Path, device: torch.device) -> None:
+        self.config = config
+        self._path = run_dir / "logs" / f"steps_{dist.get_rank():05d}.json"
+        self._entries: deque[_Entry] = deque(maxlen=config.record)
+        self._losses = torch.full((config.window,), torch.nan, device=device)
+        self._seen = 0
+
+    def judge(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return what to tell of a step, as device scalars: `spike` (1.0 or 0.0) and `limit`.
+
+        `loss` is this rank's share of a mean over ranks. Nothing is a spike while few steps have
+        been seen; nothing is told if spikes are not looked for.
+        """
+        if self.config.spike == 0:
+            return {}
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+        median = self._losses.nanmedian()
+        spread = (self._losses - median).abs().nanmedian()
+        limit = median + self.config.spike * spread
+        spike = (total > limit).float() * float(self._seen >= _FEWEST)
+        self._losses[self._seen % self.config.window] = torch.where(spike > 0, torch.nan, total)
+        self._seen += 1
+        return {"spike": spike, "limit": limit, "mean_loss": total}
+
+    def keeps(self, verdict: dict[str, Tensor]) -> Tensor | None:
+        """Return 1.0 where the update of a judged step counts, 0.0 where it does not."""
+        if self.config.action == "skip" and verdict:
+            return 1 - verdict["spike"]
+        return None
+
+    def note(
+        self,
+        step: int,
+        cursor: Cursor,
+        hyper: Hyper,
+        batches: Sequence[Batch],
+        values: dict[str, Tensor],
+    ) -> None:
+        """Remember the step that made `step` from the data at `cursor`."""
+        ids = [batch.ids for batch in batches]
+        self._entries.append(_Entry(step, cursor, hyper, ids, values))
+
+    def examine(self, step: int) -> list[Spike]:
+        """Return the spikes among the steps up to `step` that were not examined before.
+
+        All ranks get the same. It waits for those steps to be computed.
+        """
+        fresh = [entry for entry in self._entries if entry.read is None and entry.step <= step]
+        _read(fresh)
+        return [
+            Spike(entry.step, entry.read["mean_loss"], entry.read["limit"])
+            for entry in fresh
+            if entry.read is not None and entry.read.get("spike")
+        ]
+
+    def forget(self) -> None:
+        """Begin to learn anew what losses are usual: the weights are others now."""
+        self._losses.fill_(torch.nan)
+        self._seen = 0
+
+    def dump(self, why: str, *, wait: bool = True) -> None:
+        """Write the record to RUN/logs/steps_00000.json, this rank's; without `wait` what is known.
+
+        The disk may be full, which is then the trouble that is reported.
+        """
+        if wait:
+            _read([entry for entry in self._entries if entry.read is None])
+        record = {"why": why, "steps": [entry.to_dict() for entry in list(self._entries)]}
+        with contextlib.suppress(OSError):
+            write_atomically(self._path, json.dumps(record) + "\n")
+
+
+def _read(entries: Sequence[_Entry]) -> None:
+    """Bring the values of some steps to the host, all at once."""
+    values = [value.float() for entry in entries for value in entry.values.values()]
+    numbers = iter(torch.stack(values).tolist() if values else [])
+    for entry in entries:
+        entry.read = {name: next(numbers) for name in entry.values}

@@ -1,0 +1,93 @@
+"""Stragglers: ranks whose own work takes longer than that of the others, by name.
+
+All steps take as long as the slowest rank's, so whole steps tell nothing; what is timed is the
+forward pass, in which a rank waits for others least (for gathered parameters under fsdp, for the
+statistics of synchronised BatchNorm: there a straggler shows less). Invariant: the device is never
+waited for; its times are read an interval later.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .group import gather
+
+_FEWEST = 3  # ranks among which one can stand out
+_DEVIATIONS = 5.0  # above the median, in robust standard deviations
+_SHARE = 0.2  # and by at least this share of the median: ranks that are equal to a hair differ too
+_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Straggler:
+    """A rank, its machine, its seconds for a forward pass, and the median over all ranks."""
+
+    rank: int
+    host: str
+    seconds: float
+    median: float
+
+
+class Stragglers:
+    """Times this rank's forward passes and compares them with the other ranks'.
+
+    `group` is a gloo group over all ranks. All ranks must call `look` equally often.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+        self._cuda = device.type == "cuda"
+        self._group = group
+        self._hosts = gather(socket.gethostname(), group)
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._before: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Time what is done inside, a forward pass."""
+        if self._cuda:
+            begin, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds.append(time.perf_counter() - start)
+
+    def look(self) -> list[Straggler]:
+        """Return who straggles in the passes since the last look (on GPUs, since that before)."""
+        if self._cuda:
+            self._seconds = [begin.elapsed_time(end) / 1e3 for begin, end in self._before]
+            self._before, self._events = self._events, []
+        own = statistics.median(self._seconds) if self._seconds else 0.0
+        self._seconds = []
+        found = [torch.zeros(1, dtype=torch.float64) for _ in self._hosts]
+        dist.all_gather(found, torch.tensor([own], dtype=torch.float64), group=self._group)
+        return outliers([seconds.item() for seconds in found], self._hosts)
+
+
+def outliers(seconds: Sequence[float], hosts: Sequence[str]) -> list[Straggler]:
+    """Return the ranks whose `seconds` stand out, by median and median absolute deviation."""
+    if len(seconds) < _FEWEST:
+        return []
+    median = statistics.median(seconds)
+    spread = _NORMAL * statistics.median(abs(value - median) for value in seconds)
+    limit = median + max(_DEVIATIONS * spread, _SHARE * median)
+    return [
+        Straggler(rank=rank, host=host, seconds=value, median=median)
+        for rank, (value, host) in enumerate(zip(seconds, hosts, strict=True))
+        if value > limit
+    ]
