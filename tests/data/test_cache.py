@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import jpeg, remote
+from data import connection, jpeg
 from data.augment import AugmentSpec
 from data.base import DataError, Shard
 from data.build import build
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(connection, "_FIRST_PAUSE", 1e-4)
     with FileServer(folder) as server:
         yield server
 

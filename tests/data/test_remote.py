@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import remote
+from data import connection, remote
 from data.base import BadSample, DataError
 from data.folder import SyntheticSource
 from data.pack import pack
@@ -23,7 +23,7 @@ SHARD = "set-000000.tar"
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(connection, "_FIRST_PAUSE", 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_server_that_stays_away_is_given_up_on(server, monkeypatch):
     ("fault", "name", "message"),
     [
         ("403", "manifest.json", r"manifest\.json may not be read .*credentials"),
-        (None, "nothing.json", r"nothing\.json is missing: restore it, or run `foveate data index"),
+        (None, "nothing.json", r"nothing\.json is missing: check the address, restore .* index"),
     ],
 )
 def test_a_refusal_is_final(server, fault, name, message):
@@ -167,8 +167,8 @@ def test_a_sample_that_stays_damaged_is_a_bad_sample(server):
 
 
 def test_a_request_that_is_slower_than_others_is_made_twice(server, monkeypatch):
-    monkeypatch.setattr(remote, "_STALLED", 1e6)
-    monkeypatch.setattr(remote, "_FAMILIAR", 30)  # before which none is asked twice
+    monkeypatch.setattr(connection, "_SILENCE", 1e6)
+    monkeypatch.setattr(connection, "_FAMILIAR", 30)  # before which none is asked twice
     reader = Remote(server.url)
     expected = (server.folder / SHARD).read_bytes()
     for place in range(30):
@@ -181,7 +181,7 @@ def test_a_request_that_is_slower_than_others_is_made_twice(server, monkeypatch)
 
 
 def test_a_server_that_says_nothing_is_asked_again(server, monkeypatch):
-    monkeypatch.setattr(remote, "_STALLED", 0.05)
+    monkeypatch.setattr(connection, "_SILENCE", 0.05)
     server.faults["manifest.json"].extend(["stall"] * 4)
     expected = (server.folder / "manifest.json").read_bytes()
     assert Remote(server.url).read("manifest.json") == expected
