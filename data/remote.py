@@ -75,8 +75,7 @@ class Remote:
         pending = deque(islice(parts, _CHUNKS_AHEAD))
         try:
             while pending:
-                content = finish(pending[0])
-                pending.popleft()
+                content = finish(pending.popleft())
                 pending.extend(islice(parts, 1))
                 yield content
         finally:
@@ -165,6 +164,8 @@ def finish(request: Future[Answer]) -> Answer:
         return request.result()
     except CancelledError as error:
         raise Stopped("the source was closed") from error
+    finally:
+        del request  # which has its error, whose frames would keep what they hold, open files too
 
 
 def _check_protocol(url: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from data import connection, jpeg
 from data.augment import AugmentSpec
-from data.base import DataError, Shard
+from data.base import DataError, Shard, Stopped
 from data.build import build
 from data.cachefolder import CacheFolder
 from data.folder import SyntheticSource
@@ -225,6 +225,39 @@ def test_closing_ends_what_is_downloaded_ahead(server, tmp_path):
     assert held(tmp_path) == set()
     assert parts(tmp_path) == []
     source.close()
+
+
+def leave_a_stream_that_waits(source, is_time):
+    """Read batches of all there is until one is waited for and it is time."""
+    pipeline = ImagePipeline(source, augment=AugmentSpec(size=8), global_batch=240)
+
+    def leave():
+        if is_time():
+            raise Stopped
+
+    alone = Shard(rank=0, world_size=1)
+    with pytest.raises(Stopped, match="^$"):
+        next(pipeline.batches(pipeline.start(), alone, while_waiting=leave))
+    assert not [t for t in threading.enumerate() if t.name.startswith("foveate")]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranged", "cached"])
+def test_leaving_a_stream_ends_what_its_threads_wait_for(server, folder, tmp_path, cached):
+    for name in NAMES:
+        server.faults[name].extend(["stall"] * 20)
+    source = TarSource(server.url, tmp_path if cached else None)
+    leave_a_stream_that_waits(source, lambda: server.stalled.acquire(blocking=False))
+    assert not server.release.is_set()
+    assert parts(tmp_path) == []
+    server.faults.clear()
+    assert source.read(3) == TarSource(folder).read(3)  # it can be read again
+
+
+def test_leaving_a_stream_ends_the_wait_for_another_process(half_way, server, tmp_path):
+    source = TarSource(server.url, tmp_path)
+    leave_a_stream_that_waits(source, lambda: held(tmp_path) == set(range(1, 12)))
+    assert half_way.is_alive()
+    assert len(parts(tmp_path)) == 1
 
 
 def test_a_cache_that_is_too_small_is_refused_before_anything_is_read(server, tmp_path, size):
