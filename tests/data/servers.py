@@ -26,7 +26,8 @@ class FileServer:
 
     `faults[NAME]` are what is to happen to the next requests for a file, one after the other:
     "drop" the connection in mid-body, send a "short" body, or one with a "corrupt" byte, answer
-    "503" or "403", know no ranges ("whole"), "stall" until `release` is set, or None: nothing.
+    "503" or "403", know no ranges ("whole"), "stall" until `release` is set, "trickle" the body in
+    over two seconds, or None: nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,7 +96,12 @@ class FileServer:
                 self.send_response(200 if span is None or fault == "whole" else 206)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content[:half] if fault == "drop" else content)
+                pieces = 12 if fault == "trickle" else 1
+                content = content[:half] if fault == "drop" else content
+                for piece in range(pieces):
+                    start, end = (len(content) * n // pieces for n in (piece, piece + 1))
+                    server.release.wait(0.2 * (pieces > 1))
+                    self.wfile.write(content[start:end])
                 self.close_connection = fault == "drop"
 
             def log_message(self, *_: object) -> None:

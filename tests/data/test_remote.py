@@ -187,6 +187,13 @@ def test_a_server_that_says_nothing_is_asked_again(server, monkeypatch):
     assert Remote(server.url).read("manifest.json") == expected
 
 
+def test_bytes_that_keep_coming_may_take_their_time(server, monkeypatch):
+    monkeypatch.setattr(connection, "_SILENCE", 1.0)
+    server.faults["manifest.json"].extend(["trickle"] * 40)
+    expected = (server.folder / "manifest.json").read_bytes()
+    assert Remote(server.url).read("manifest.json", start=0, end=100) == expected[:100]
+
+
 def test_samples_are_requested_once_and_before_they_are_read(server):
     source = TarSource(server.url)
     names = {f"set-{number:06d}.tar" for number in range(4)}
