@@ -175,6 +175,25 @@ def test_a_shard_that_decayed_in_the_cache_is_downloaded_again(server, folder, t
     assert path.read_bytes() == (folder / NAMES[0]).read_bytes()
 
 
+def test_all_who_have_a_decayed_shard_open_find_its_new_copy(server, tmp_path):
+    sources = [TarSource(server.url, tmp_path) for _ in range(3)]
+    expected = [images(source, range(20)) for source in sources][0]
+    [path] = tmp_path.glob(f"*/{NAMES[0]}")
+    flip_byte(path, path.read_bytes().index(expected[5]) + 9)
+    assert [images(source, range(20)) for source in sources] == [expected] * 3
+    assert server.count(NAMES[0]) == 2
+
+
+def test_a_truncated_shard_without_checksums_is_downloaded_again(folder, tmp_path):
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    build(f"local://{folder}", out=index, headers_only=True, progress=lambda _: None)
+    source = TarSource(index, cache)
+    expected = images(source, range(20))
+    [path] = cache.glob(f"*/{NAMES[0]}")
+    path.write_bytes(path.read_bytes()[:5000])
+    assert images(source, range(20)) == expected
+
+
 def test_the_cache_holds_what_is_read_soonest(server, tmp_path, size):
     source = TarSource(server.url, tmp_path, 4 * size)
     next_use = np.array([9, 0, 30, 1, 30, 2, 30, 30, 8, 30, 30, 30])
