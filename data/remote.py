@@ -88,18 +88,9 @@ class Remote:
         Raises FileNotFoundError if there is no such place, else as `finish` does.
         """
         connection = self._connected()
-        files, root = connection.files, connection.root
-        # fsspec leaves out a folder whose server does not answer, unless told otherwise.
-        strict = {"on_error": "raise"} if self._is_web() else {}
-
-        async def find() -> list[str]:
-            found: list[str] = await files._find(f"{root}/" if self._is_web() else root, **strict)
-            if not found:
-                await files._ls(root)  # which says why, where finding nothing is all that it does
-            return found
-
-        paths = finish(connection.begin(connection.persist(self.url, find)))
-        names = [path.removeprefix(root).lstrip("/") for path in paths]
+        find = self._find_links if self._is_web() else self._find_files
+        paths = finish(connection.begin(find(connection, connection.root)))
+        names = [path.removeprefix(connection.root).lstrip("/") for path in paths]
         return [unquote(name) for name in names] if self._is_web() else names
 
     def info(self, name: str) -> dict[str, Any]:
@@ -125,6 +116,26 @@ class Remote:
             connection = self._connection
         if connection is not None:
             connection.cancel()
+
+    async def _find_files(self, connection: Connection, root: str) -> list[str]:
+        async def find() -> list[str]:
+            found: list[str] = await connection.files._find(root)
+            if not found:
+                await connection.files._ls(root)  # which says why: finding nothing is no error
+            return found
+
+        return await connection.persist(self.url, find)
+
+    async def _find_links(self, connection: Connection, folder: str) -> list[str]:
+        """Follow a web server's lists; fsspec leaves out those that it does not get."""
+        links = await connection.persist(folder, lambda: connection.files._ls(f"{folder}/"))
+        found = []
+        for link in (link["name"] for link in links):
+            if not link.endswith("/"):
+                found.append(link)
+            elif not link.endswith("/./"):
+                found += await self._find_links(connection, link.rstrip("/"))
+        return found
 
     async def _fetch(self, connection: Connection, name: str, request: Request) -> bytes:
         url = f"{self.url}/{name}"

@@ -8,7 +8,9 @@ import pytest
 
 from data import connection, remote
 from data.base import BadSample, DataError
+from data.build import build
 from data.folder import SyntheticSource
+from data.index import verify
 from data.pack import pack
 from data.remote import Remote
 from data.webdataset import TarSource
@@ -192,6 +194,27 @@ def test_bytes_that_keep_coming_may_take_their_time(server, monkeypatch):
     server.faults["manifest.json"].extend(["trickle"] * 40)
     expected = (server.folder / "manifest.json").read_bytes()
     assert Remote(server.url).read("manifest.json", start=0, end=100) == expected[:100]
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_an_index_is_made_from_afar_whatever_fails(folder, tmp_path, headers_only):
+    shard, folder = (folder / SHARD).read_bytes(), tmp_path / "origin"
+    (folder / "a b").mkdir(parents=True)
+    for number in range(4):
+        (folder / "a b" / f"{number}.tar").write_bytes(shard)
+    with FileServer(folder) as server:
+        for name in ("", "a b/", "a b/1.tar"):
+            server.faults[name].extend(["503", "drop", "503", "503", "drop"])
+        manifest = build(
+            server.url, out=tmp_path / "far", headers_only=headers_only, progress=lambda _: None
+        )
+        assert [s.name for s in manifest.shards] == [f"a b/{number}.tar" for number in range(4)]
+        assert not server.faults["a b/1.tar"]
+        server.faults["a b/2.tar"].extend(["503", "drop", "503", "drop"])
+        assert verify(tmp_path / "far", progress=lambda _: None) == manifest
+    near = build(folder, headers_only=headers_only, progress=lambda _: None)
+    for ours, theirs in zip(manifest.shards, near.shards, strict=True):
+        assert (ours.num_samples, ours.sha256) == (theirs.num_samples, theirs.sha256)
 
 
 def test_samples_are_requested_once_and_before_they_are_read(server):
