@@ -6,7 +6,7 @@ stream, and the batch that follows it is a pure function of (cursor, source, spe
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,10 @@ from torch import Tensor
 
 class DataError(ValueError):
     """Bad data or data settings: the message names the thing, the value and the remedy."""
+
+
+class Stopped(Exception):
+    """Nobody waits for the data any more: the source was closed, or the run is to stop."""
 
 
 class BadSample(DataError):
@@ -162,7 +166,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """End what was begun ahead of reading."""
+        """End what is under way: reads that wait raise Stopped. Later ones are read as before."""
         ...
 
     def name(self, id: int) -> str:
@@ -187,8 +191,13 @@ class DataPipeline(Protocol):
         """Return the cursor before the first sample of epoch 0."""
         ...
 
-    def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
-        """Yield micro-batches from `start` on without end, each with the cursor after it."""
+    def batches(
+        self, start: Cursor, shard: Shard, *, while_waiting: Callable[[], None] = ...
+    ) -> Generator[tuple[Batch, Cursor]]:
+        """Yield micro-batches from `start` on without end, each with the cursor after it.
+
+        As long as one is not there, `while_waiting` is called again and again; it may raise.
+        """
         ...
 
     def check_epoch(self, cursor: Cursor) -> None:

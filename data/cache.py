@@ -12,15 +12,15 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.base import DataError
+from data.base import DataError, Stopped
 from data.cachefolder import CacheFolder, unusable
 from data.eviction import check_room, removable, wanted
 from data.index import ShardInfo, hash_file
@@ -28,6 +28,7 @@ from data.remote import Remote
 from data.store import OpenShards, Place, ShardFile
 
 _DOWNLOADS = 3  # of a shard that is whole but has another hash
+_GLANCE = 0.1  # seconds of waiting at a time, for others and for a thread to end
 
 
 class CachedStore:
@@ -50,7 +51,6 @@ class CachedStore:
         self._is_checked = False
         self._lock = threading.Lock()
         self._ahead: threading.Thread | None = None
-        self._is_closed = threading.Event()
 
     def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
         """See `Store`: downloads the shard unless it is there."""
@@ -60,13 +60,17 @@ class CachedStore:
             raise unusable(self._folder.path, error) from error
 
     def read_again(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        """See `Store`: a shard that lost its hash, on a disk that decays, is downloaded again."""
+        """See `Store`: a shard that lost its hash, on a disk that decays, is downloaded again.
+
+        The file that is open may be one that another process has replaced already.
+        """
         info = self._shards[shard]
         path = self._folder.path / info.name
-        with self._folder.lease(shard, wait=True), suppress(OSError):
+        with self._leased(shard), suppress(OSError):
             sound = path.stat().st_size == info.num_bytes and _has_hash(info, hash_file(path))
             if not sound:
                 self._folder.remove(shard)
+        self._files.drop(shard)
         return self.read(shard, offset, num_bytes)
 
     def read_regions(self, shard: int, row: int, crc32: int) -> bytes | None:
@@ -86,7 +90,7 @@ class CachedStore:
         with self._lock:
             self._next_use = next_use
             is_alive = self._ahead is not None and self._ahead.is_alive()  # not in a fork
-            if not is_alive and not self._is_closed.is_set():
+            if not is_alive:
                 self._ahead = threading.Thread(
                     target=self._download_ahead, name="foveate-cache", daemon=True
                 )
@@ -96,48 +100,63 @@ class CachedStore:
         """Shards are fetched whole."""
 
     def close(self) -> None:
-        """See `Store`: ends downloads that nobody waits for."""
-        self._is_closed.set()
+        """See `Store`: what was downloaded in part is removed."""
         with self._lock:
             ahead = self._ahead
-        if ahead is not None:
-            ahead.join()
+        self._remote.close()
+        while ahead is not None and ahead.is_alive():
+            ahead.join(_GLANCE)
+            self._remote.close()  # it may have been between two requests
 
     def _open(self, shard: int) -> ShardFile:
         """Return a shard from the folder, downloading it first unless it is there."""
         try:
             with suppress(FileNotFoundError):
                 return ShardFile(self._folder.path, self._shards[shard])
-            with self._folder.lease(shard, wait=True):  # or until another process has it
+            with self._leased(shard):
                 if not self._is_held(shard):
                     self._download(shard, at_once=True)
                 return ShardFile(self._folder.path, self._shards[shard])
         except OSError as error:
             raise unusable(self._folder.path, error) from error
 
+    @contextmanager
+    def _leased(self, shard: int) -> Iterator[None]:
+        """Hold the lease of a shard as soon as nobody else does; raises Stopped if closed before.
+
+        The kernel's own waiting for a lock could not be ended.
+        """
+        while True:
+            with self._folder.lease(shard) as leased:
+                if leased:
+                    yield
+                    return
+            self._remote.pause(_GLANCE)
+
     def _is_held(self, shard: int) -> bool:
         return (self._folder.path / self._shards[shard].name).exists()
 
     def _download_ahead(self) -> None:
-        """Download what is wanted and not there, until it is or the plan is fulfilled."""
-        while True:
-            plan = self._next_use
-            with suppress(OSError):  # of the disk, which stops who reads, too
-                self._fulfil(plan)
-            with self._lock:
-                if plan is self._next_use or self._is_closed.is_set():
-                    self._ahead = None
-                    return
+        """Download what is wanted and not there, until the plan is fulfilled or we are closed."""
+        with suppress(Stopped):
+            while True:
+                plan = self._next_use
+                with suppress(OSError):  # of the disk, which stops who reads, too
+                    self._fulfil(plan)
+                with self._lock:
+                    if plan is self._next_use:
+                        self._ahead = None
+                        return
 
     def _fulfil(self, plan: NDArray[np.int64]) -> None:
         """Download what is wanted; what cannot be had is left to who reads it, and tells why."""
         held = self._folder.held()
         for shard in wanted(plan, self._sizes, self._limit):
-            if self._is_closed.is_set() or plan is not self._next_use:
+            if plan is not self._next_use:
                 return
             if shard in held:
                 continue
-            with self._folder.lease(shard, wait=False) as leased, suppress(DataError):
+            with self._folder.lease(shard) as leased, suppress(DataError):
                 if not leased or self._is_held(shard):
                     continue  # another process is at it, or was
                 if not self._download(shard, at_once=False):
@@ -151,29 +170,25 @@ class CachedStore:
             return False
         part = self._folder.part(info.name)
         try:
-            if not self._fill(part, info, at_once=at_once):
-                return False
+            self._fill(part, info)
             self._fetch_regions(info)
             part.replace(self._folder.path / info.name)
         finally:
             part.unlink(missing_ok=True)
         return True
 
-    def _fill(self, part: Path, info: ShardInfo, *, at_once: bool) -> bool:
-        """Download into `part` until its hash is right; returns False if closed meanwhile."""
-        stop = threading.Event() if at_once else self._is_closed
+    def _fill(self, part: Path, info: ShardInfo) -> None:
+        """Download into `part` until its hash is right."""
         for _ in range(_DOWNLOADS):
             digest = hashlib.sha256()
             with part.open("r+b") as file:
-                for content in self._remote.stream(info.name, info.num_bytes, stop):
+                for content in self._remote.stream(info.name, info.num_bytes):
                     file.write(content)
                     digest.update(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if stop.is_set():
-                return False
             if _has_hash(info, digest.hexdigest()):
-                return True
+                return
         raise DataError(
             f"{self._remote.url}/{info.name} has the SHA-256 {digest.hexdigest()} instead of "
             f"{info.sha256}, in each of {_DOWNLOADS} downloads: restore the shard, or run `foveate "

@@ -57,9 +57,9 @@ class CacheFolder:
         except OSError as error:
             raise unusable(path, error) from error
 
-    def lease(self, shard: int, *, wait: bool) -> AbstractContextManager[bool]:
-        """Hold the lease of a shard; gives False if another one has it and we do not `wait`."""
-        return locked(self.path / "leases" / self._shards[shard].name, wait=wait)
+    def lease(self, shard: int) -> AbstractContextManager[bool]:
+        """Hold the lease of a shard; gives False if another one has it."""
+        return locked(self.path / "leases" / self._shards[shard].name, wait=False)
 
     def held(self) -> set[int]:
         """Return the shards that are there."""
@@ -113,7 +113,7 @@ class CacheFolder:
 
     def _remove(self, shard: int) -> bool:
         """Remove a shard unless somebody has its lease; who has it open reads on."""
-        with self.lease(shard, wait=False) as leased:
+        with self.lease(shard) as leased:
             if leased:
                 self.remove(shard)
         return leased
@@ -161,7 +161,7 @@ class CacheFolder:
         return held, parts
 
     def _size_unless_abandoned(self, shard: int, part: os.DirEntry[str]) -> int:
-        with self.lease(shard, wait=False) as abandoned:
+        with self.lease(shard) as abandoned:
             if abandoned:
                 os.unlink(part)
                 return 0

@@ -10,7 +10,7 @@ nothing is audited or replaced. Everything else reads .beton files by `webdatase
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,12 @@ class NativeLoader:
     def check_replaced(self, quarantine: Sequence[int]) -> None:
         """Nothing is ever replaced."""
 
-    def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
+    def batches(
+        self, start: Cursor, shard: Shard, *, while_waiting: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Batch, Cursor]]:
         """Yield this rank's batches from the epoch of `start` on, each with the cursor after it.
 
+        `while_waiting` is never called: files of this machine are there, or an error.
         Raises DataError if the cursor stands within an epoch, or belongs to other data or another
         seed, if the batch does not divide, or torch.distributed does not know the ranks.
         """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -30,6 +30,7 @@ Pixels = NDArray[np.uint8]
 Render = Callable[[Sequence[Sample], NDArray[np.int64], Pixels], dict[int, DataError]]
 
 _ATTEMPTS = 64  # neighbours that are tried in place of a sample
+_GLANCE = 0.5  # seconds of waiting at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +83,39 @@ class Loader:
         self._replace = replace
         self._shard_ends = np.cumsum(source.shard_sizes)
 
-    def stream(self, plans: Iterator[Plan]) -> Generator[tuple[Batch, Cursor]]:
-        """Yield the batches of `plans` in order, each with its cursor; closing ends the threads."""
+    def stream(
+        self, plans: Iterator[Plan], *, while_waiting: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Batch, Cursor]]:
+        """Yield the batches of `plans` in order, each with its cursor; closing ends the threads.
+
+        As long as a batch is not there, `while_waiting` is called again and again; it may raise.
+        """
         pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="foveate-data")
+        pending = deque[_Pending]()
         try:
-            pending = deque(self._submit(pool, plan) for plan in islice(plans, self._prefetch))
+            pending.extend(self._submit(pool, plan) for plan in islice(plans, self._prefetch))
             while pending:
-                batch = pending.popleft()
-                for part in batch.parts:
+                for part in pending[0].parts:
+                    while wait([part], timeout=_GLANCE).not_done:
+                        while_waiting()
                     self._report(part.result())
+                batch = pending.popleft()
                 pending.extend(self._submit(pool, plan) for plan in islice(plans, 1))
                 yield self._batch(batch), batch.plan.cursor
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._end(pool, [part for batch in pending for part in batch.parts])
+
+    def _end(self, pool: ThreadPoolExecutor, parts: Sequence[Future[dict[int, str]]]) -> None:
+        """End the threads at once, whatever they wait for.
+
+        One that was between two requests as the source was closed makes another: close it again.
+        """
+        pool.shutdown(wait=False, cancel_futures=True)
+        self._source.close()
+        while running := [part for part in parts if not part.done()]:
+            wait(running, timeout=_GLANCE)
+            self._source.close()
+        pool.shutdown()
 
     def _submit(self, pool: ThreadPoolExecutor, plan: Plan) -> _Pending:
         self._source.prefetch(plan.ids[plan.ids >= 0].tolist())

@@ -6,7 +6,7 @@ the cursor.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
@@ -62,7 +62,8 @@ class ImagePipeline:
     groups of `mix_group` neighbours; with `repeats` above 1 an epoch shows so many differently
     augmented copies of fewer images. Up to `max_replaced` samples that cannot be used are replaced
     by others. How they are loaded changes nothing about them: `num_workers` threads decode,
-    `prefetch` micro-batches are kept ahead, and images, labels and validity end up on `device`.
+    `prefetch` micro-batches, a step's at least, are kept ahead, and images, labels and validity end
+    up on `device`.
     Raises DataError if the data set is smaller than a batch.
     """
 
@@ -98,7 +99,7 @@ class ImagePipeline:
         self._loader = Loader(
             source,
             num_workers=num_workers,
-            prefetch=prefetch,
+            prefetch=max(prefetch, micro_batches),  # a step takes all of its own before it begins
             device=torch.device(device),
             replace=max_replaced > 0,
         )
@@ -119,16 +120,19 @@ class ImagePipeline:
             window=self._shuffle.window,
         )
 
-    def batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
+    def batches(
+        self, start: Cursor, shard: Shard, *, while_waiting: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Batch, Cursor]]:
         """Yield this shard's micro-batches from `start` on, each with the cursor that follows it.
 
+        As long as one is not there, `while_waiting` is called again and again; it may raise.
         Raises DataError if the cursor belongs to other data, another seed or order, if the global
         batch is too small, and, when its turn comes, for samples that cannot be used, once
         there are more of them than may be replaced.
         """
         self._check(start)
         self.schedule.check(shard)
-        return self._batches(start, shard)
+        return self._batches(start, shard, while_waiting)
 
     def expected(self, epoch: int) -> Audit:
         """Return what the audit of a whole epoch must be, from the list of samples.
@@ -175,7 +179,9 @@ class ImagePipeline:
                 f"{_describe_order(ours)}: keep it, or start a new run"
             )
 
-    def _batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
+    def _batches(
+        self, start: Cursor, shard: Shard, while_waiting: Callable[[], None]
+    ) -> Generator[tuple[Batch, Cursor]]:
         self._loader.quarantine = set(start.quarantine)
         epoch = start.epoch
         shown = replaced = Audit()
@@ -183,7 +189,8 @@ class ImagePipeline:
             shown, replaced = start.audit, start.replaced
         part = self.schedule.take(start, shard)
         foretold = self._foretell(part.epoch, part.positions, shard, foretold=None)
-        with closing(self._loader.stream(self._plans(start, shard))) as stream:
+        plans = self._plans(start, shard)
+        with closing(self._loader.stream(plans, while_waiting=while_waiting)) as stream:
             for batch, cursor in stream:
                 positions = batch.positions.numpy()
                 foretold = self._foretell(batch.epoch, positions, shard, foretold=foretold)
@@ -263,11 +270,13 @@ def eval_batches(
     num_workers: int = 2,
     prefetch: int = 2,
     device: torch.device | str = "cpu",
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Generator[Batch]:
     """Yield batches that hold every sample exactly once over all shards, in order.
 
     Each shard yields the same number of batches, all of `batch_size`; what is missing at the end
-    is padded with black images, label 0, id -1 and valid False. Raises DataError as training does.
+    is padded with black images, label 0, id -1 and valid False. Waits and raises DataError as
+    training does.
     """
     loader = Loader(source, num_workers=num_workers, prefetch=prefetch, device=torch.device(device))
     cursor = Cursor(epoch=0, samples=0, seed=0, index=source.fingerprint)
@@ -283,7 +292,7 @@ def eval_batches(
         )
         for ids in evaluation_ids(len(source), batch_size=batch_size, shard=shard)
     )
-    with closing(loader.stream(plans)) as stream:
+    with closing(loader.stream(plans, while_waiting=while_waiting)) as stream:
         for batch, _ in stream:
             yield batch
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.index import ShardInfo
-from data.remote import Remote
+from data.remote import Remote, finish
 from data.store import Place
 
 _PLANNED = 64  # batches whose samples are kept until they are read: more than a loader is ahead
@@ -39,14 +39,11 @@ class RangedStore:
             begun, reads = self._begun.pop(place, (None, 0))
             if begun is not None and reads > 1:
                 self._begun[place] = (begun, reads - 1)
-        try:
-            return (begun or self._start(*place)).result()
-        except CancelledError:  # forgotten just now
-            return self._start(*place).result()
+        return finish(begun or self._start(*place))
 
     def read_again(self, shard: int, offset: int, num_bytes: int) -> bytes:
         """See `Store`."""
-        return self._start(shard, offset, num_bytes).result()
+        return finish(self._start(shard, offset, num_bytes))
 
     def read_regions(self, shard: int, row: int, crc32: int) -> bytes | None:
         """See `Store`: none are at hand."""
@@ -64,18 +61,15 @@ class RangedStore:
                 self._begun[place] = (begun, reads + 1)
             self._batches.append(batch)
             if len(self._batches) > _PLANNED:  # some were never read: they were in quarantine
-                self._forget(self._batches.popleft())
+                for place in self._batches.popleft():
+                    self._begun.pop(place, None)
 
     def close(self) -> None:
         """See `Store`."""
         with self._lock:
-            while self._batches:
-                self._forget(self._batches.popleft())
-
-    def _forget(self, places: Sequence[Place]) -> None:
-        for place in places:
-            if place in self._begun:
-                self._begun.pop(place)[0].cancel()
+            self._begun.clear()
+            self._batches.clear()
+        self._remote.close()
 
     def _start(self, shard: int, offset: int, num_bytes: int) -> Future[bytes]:
         name = self._shards[shard].name

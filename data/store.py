@@ -52,7 +52,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """End what was begun ahead of reading."""
+        """End what is under way: reads that wait raise Stopped. Later ones are read as before."""
         ...
 
 

@@ -31,7 +31,7 @@ from data.index import (
     read_columns,
 )
 from data.ranged import RangedStore
-from data.remote import Remote
+from data.remote import Remote, finish
 from data.store import LocalStore, Place, Store
 from data.tar import member_name
 
@@ -101,7 +101,7 @@ class TarSource:
         self._store.prefetch(self._place(*self._locate(id)) for id in ids)
 
     def close(self) -> None:
-        """End downloads that were begun ahead of reading."""
+        """See `Source`."""
         self._store.close()
 
     def read(self, id: int) -> Sample:
@@ -110,11 +110,14 @@ class TarSource:
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         place = self._place(shard, row)
         label, flags = int(columns["label"][row]), Flag(int(columns["flags"][row]))
+
+        def is_sound(image: bytes) -> bool:
+            return len(image) == place[2] and (Flag.NO_CRC in flags or zlib.crc32(image) == crc32)
+
         image = self._store.read(*place)
-        is_checked = Flag.NO_CRC not in flags
-        if is_checked and zlib.crc32(image) != crc32:
+        if not is_sound(image):
             image = self._store.read_again(*place)
-        if len(image) != place[2] or (is_checked and zlib.crc32(image) != crc32):
+        if not is_sound(image):
             raise BadSample(
                 f"{self.name(id)} has changed since it was indexed; restore the shard, or run "
                 f"`foveate data index {self._location}`"
@@ -214,4 +217,4 @@ def _fetch_indexes(
         for shard in shards
         if shard.name not in known
     }
-    return [known.get(shard.name) or begun[shard.name].result() for shard in shards]
+    return [known.get(shard.name) or finish(begun[shard.name]) for shard in shards]

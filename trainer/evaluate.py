@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.augment import EvalSpec
-from data.base import Batch, Shard, Source
+from data.base import Batch, Shard, Source, Stopped
 from data.mixing import normalize
 from data.pipeline import eval_batches
 
 from .config import RunConfig
+from .signals import Signals
 
 
 class Evaluator:
     """Evaluates a run's network on its evaluation split `source`, of which `shard` is this rank's.
 
-    It must stand for square images of `model.img_size` pixels. `stop` is asked before each batch.
+    It must stand for square images of `model.img_size` pixels. `signals` may cut it short.
     """
 
     def __init__(
@@ -31,13 +32,13 @@ class Evaluator:
         *,
         shard: Shard,
         device: torch.device,
-        stop: Callable[[], bool],
+        signals: Signals,
     ) -> None:
         self.config = config
         self.source = source
         self.shard = shard
         self.device = device
-        self.stop = stop
+        self.signals = signals
 
     def accuracy(self, model: nn.Module) -> dict[str, float] | None:
         """Return top1 and top5 in percent, or None if it was stopped."""
@@ -52,13 +53,14 @@ class Evaluator:
             num_workers=data.num_workers,
             prefetch=data.prefetch,
             device=self.device,
+            while_waiting=self.signals.while_waiting,
         )
         with closing(batches):
             return evaluate(
                 model,
                 batches,
                 normalize=partial(normalize, mean=data.mean, std=data.std),
-                stop=self.stop,
+                stop=self.signals.agree,
             )
 
 
@@ -69,10 +71,10 @@ def evaluate(
     normalize: Callable[[Tensor], Tensor],
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Return top1 and top5 in percent, equal on all ranks, or None if `stop()` said so midway.
+    """Return top1 and top5 in percent, equal on all ranks, or None if it was stopped midway.
 
-    Each rank brings its share of the split in equally many batches; padding is masked out. The
-    model is left in training mode.
+    Each rank brings its share of the split in equally many batches; padding is masked out. `stop()`
+    is asked about each, and getting one may raise Stopped. The model is left in training mode.
     """
     counts: Tensor | None = None
     model.eval()
@@ -83,6 +85,8 @@ def evaluate(
             with torch.no_grad():
                 found = _count(model(normalize(batch.images)), batch)
             counts = found if counts is None else counts + found
+    except Stopped:
+        return None
     finally:
         model.train()
     assert counts is not None, "an evaluation split has at least one batch"

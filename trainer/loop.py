@@ -6,16 +6,17 @@ what the loop does, it calls by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.base import Batch, Cursor
+from data.base import Batch, Cursor, Stopped
 from data.ledger import settle
 from data.randomness import drop_noise
 from launcher.process import Process
@@ -84,7 +85,7 @@ class Trainer:
             val,
             shard=self.backend.data_shard,
             device=self.device,
-            stop=self.signals.agree,
+            signals=self.signals,
         )
         self.metrics = MetricLogger(
             self.run_dir,
@@ -113,12 +114,20 @@ class Trainer:
 
     def _train(self) -> bool:
         self._announce()
-        shard = self.backend.data_shard
-        with closing(self.pipeline.batches(self.state.cursor, shard)) as stream:
+        first = self.state.step
+        with closing(
+            self.pipeline.batches(
+                self.state.cursor,
+                self.backend.data_shard,
+                while_waiting=self.signals.while_waiting,
+            )
+        ) as stream:
             self._evaluate_if_due()  # a stop may have cut it short
-            while self.state.step < self.total_steps and not self.signals.agree():
+            while self.state.step < self.total_steps and (data := self._take(stream)):
+                if self.state.step == first:
+                    self._show_inputs(data[0][0])
                 hyper = self._hyper()
-                values, cursor = self._step(stream, hyper)
+                values, cursor = self._step(data, hyper)
                 self.state = self.state.advance(cursor)
                 self.metrics.train(self.state.step, values, lr=hyper.lr)
                 self._check_numerics()
@@ -129,15 +138,22 @@ class Trainer:
                     self._save()
         return self._finish()
 
+    def _take(self, stream: Iterator[tuple[Batch, Cursor]]) -> list[tuple[Batch, Cursor]]:
+        """Return a step's micro-batches, each with the cursor after it; none if we are to stop."""
+        try:
+            with self.metrics.waiting_for_data():
+                data = list(islice(stream, self.config.train.accumulate))
+        except Stopped:
+            return []
+        return [] if self.signals.agree() else data
+
     def _step(
-        self, stream: Iterator[tuple[Batch, Cursor]], hyper: Hyper
+        self, data: Sequence[tuple[Batch, Cursor]], hyper: Hyper
     ) -> tuple[dict[str, Tensor], Cursor]:
         """Make one optimizer step; return its device scalars and the cursor after its data."""
-        accumulate = self.config.train.accumulate
+        accumulate = len(data)
         values: dict[str, Tensor] = {}
-        for micro in range(accumulate):
-            with self.metrics.waiting_for_data():
-                batch, cursor = next(stream)
+        for micro, (batch, _) in enumerate(data):
             self._fit(batch.images.shape[1])
             last = micro == accumulate - 1
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
@@ -152,6 +168,7 @@ class Trainer:
         info = self.backend.apply(hyper)
         if self.ema is not None:
             self.ema.update()
+        _, cursor = data[-1]
         return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
 
     def _fit(self, side: int) -> None:
@@ -288,7 +305,7 @@ class Trainer:
         return TrainState.from_dict(record["state"])
 
     def _announce(self) -> None:
-        """Report how this start begins, and what the network is about to see."""
+        """Report how this start begins."""
         self.metrics.config(self.config.to_json())
         self.metrics.event(
             "start",
@@ -298,13 +315,12 @@ class Trainer:
             backend=self.config.backend.name,
             generation=self.checkpointer.generation,
         )
-        if self.config.log.images > 0 and self.state.step < self.total_steps:
-            self._show_inputs()
 
-    def _show_inputs(self) -> None:
-        """Put the first augmented and mixed images of this start on the board."""
-        with closing(self.pipeline.batches(self.state.cursor, self.backend.data_shard)) as stream:
-            images, _ = self.mix(next(stream)[0])
+    def _show_inputs(self, batch: Batch) -> None:
+        """Put the first images of this start on the board, augmented and mixed."""
+        if self.config.log.images == 0:
+            return
+        images, _ = self.mix(batch)
         shown = images[: self.config.log.images].permute(0, 2, 3, 1).float().cpu()
         mean, std = torch.tensor(self.config.data.mean), torch.tensor(self.config.data.std)
         self.metrics.images(
@@ -313,7 +329,6 @@ class Trainer:
 
     def _finish(self) -> bool:
         """Write what is left: the metrics, and a checkpoint if the state is in none."""
-        self.signals.settle()
         complete = self.state.step >= self.total_steps and not self._evaluation_is_due()
         if self.state != self.saved:
             self._save()

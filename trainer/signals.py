@@ -1,8 +1,8 @@
-"""Signals: handlers set a flag, ranks agree on it, the loop acts between steps.
+"""Signals: handlers set a flag, ranks agree on it between steps, and while they wait for data.
 
 A scheduler may tell one rank and not the others, and at different moments; agreement makes all
-ranks leave the loop after the same step. It costs no wait: the vote that a step reads was cast one
-step before.
+ranks leave before the same step. Invariant: no rank begins what all must finish together before
+every rank has its data, for a rank whose data do not come would leave the others waiting in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from data.base import Stopped
 from launcher.process import stopping_signals
 
 
@@ -22,8 +23,6 @@ class Signals:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.received: str | None = None
-        self._vote = torch.zeros(1)
-        self._work: dist.Work | None = None
         for number in stopping_signals():
             signal.signal(number, self._note)
 
@@ -31,22 +30,25 @@ class Signals:
         self.received = signal.Signals(number).name
 
     def agree(self) -> bool:
-        """Return whether any rank had been told to stop when this was last called.
+        """Return whether any rank has been told to stop, once every rank has its data or one has.
 
-        Every rank must call it equally often; all get the same answer.
+        All ranks call it equally often, when they have the data of what comes next; all get the
+        same answer. One vote settles it unless somebody waits for data.
         """
-        stop = False
-        if self._work is not None:
-            self._work.wait()
-            stop = bool(self._vote.item() > 0)
-        self._vote = torch.tensor([float(self.received is not None)])
-        self._work = dist.all_reduce(
-            self._vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True
-        )
-        return stop
+        while True:
+            stop, somebody_waits = self._vote(waits=False)
+            if stop or not somebody_waits:
+                return stop
 
-    def settle(self) -> None:
-        """Finish the vote under way, so that the group may be closed or used otherwise."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+    def while_waiting(self) -> None:
+        """Vote while the data are not there; raises Stopped if any rank has been told to stop."""
+        stop, _ = self._vote(waits=True)
+        if stop:
+            raise Stopped("a signal came while data were waited for")
+
+    def _vote(self, *, waits: bool) -> tuple[bool, bool]:
+        """Return whether any rank was told to stop, and whether any waits for data."""
+        votes = torch.tensor([self.received is not None, waits], dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        stop, somebody_waits = votes.bool().tolist()
+        return stop, somebody_waits

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 from urllib.request import Request, urlopen
 
 import fsspec
@@ -22,11 +22,12 @@ _NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 class FileServer:
-    """Serves the files of a folder over HTTP, ranges included, and counts the requests.
+    """Serves the files of a folder over HTTP, ranges and lists included; counts the requests.
 
     `faults[NAME]` are what is to happen to the next requests for a file, one after the other:
     "drop" the connection in mid-body, send a "short" body, or one with a "corrupt" byte, answer
-    "503" or "403", know no ranges ("whole"), "stall" until `release` is set, or None: nothing.
+    "503" or "403", know no ranges ("whole"), "stall" until `release` is set, "trickle" the body in
+    over two seconds, or None: nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,10 +76,21 @@ class FileServer:
                     self.close_connection = True
                 elif fault in ("503", "403"):
                     self.send_error(int(fault))
+                elif (server.folder / name).is_dir():
+                    self._list(server.folder / name)
                 elif not (server.folder / name).is_file():
                     self.send_error(404)
                 else:
                     self._answer((server.folder / name).read_bytes(), fault)
+
+            def _list(self, folder: Path) -> None:
+                names = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
+                page = "".join(f'<a href="{quote(name)}">{name}</a>' for name in names).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
 
             def _answer(self, content: bytes, fault: str | None) -> None:
                 span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
@@ -95,7 +107,12 @@ class FileServer:
                 self.send_response(200 if span is None or fault == "whole" else 206)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content[:half] if fault == "drop" else content)
+                pieces = 12 if fault == "trickle" else 1
+                content = content[:half] if fault == "drop" else content
+                for piece in range(pieces):
+                    start, end = (len(content) * n // pieces for n in (piece, piece + 1))
+                    server.release.wait(0.2 * (pieces > 1))
+                    self.wfile.write(content[start:end])
                 self.close_connection = fault == "drop"
 
             def log_message(self, *_: object) -> None:

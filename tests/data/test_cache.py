@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import jpeg, remote
+from data import connection, jpeg
 from data.augment import AugmentSpec
-from data.base import DataError, Shard
+from data.base import DataError, Shard, Stopped
 from data.build import build
 from data.cachefolder import CacheFolder
 from data.folder import SyntheticSource
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(connection, "_FIRST_PAUSE", 1e-4)
     with FileServer(folder) as server:
         yield server
 
@@ -175,6 +175,26 @@ def test_a_shard_that_decayed_in_the_cache_is_downloaded_again(server, folder, t
     assert path.read_bytes() == (folder / NAMES[0]).read_bytes()
 
 
+def test_all_who_have_a_decayed_shard_open_find_its_new_copy(server, tmp_path):
+    sources = [TarSource(server.url, tmp_path) for _ in range(3)]
+    for source in sources:
+        expected = images(source, range(20))
+    [path] = tmp_path.glob(f"*/{NAMES[0]}")
+    flip_byte(path, path.read_bytes().index(expected[5]) + 9)
+    assert [images(source, range(20)) for source in sources] == [expected] * 3
+    assert server.count(NAMES[0]) == 2
+
+
+def test_a_truncated_shard_without_checksums_is_downloaded_again(folder, tmp_path):
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    build(f"local://{folder}", out=index, headers_only=True, progress=lambda _: None)
+    source = TarSource(index, cache)
+    expected = images(source, range(20))
+    [path] = cache.glob(f"*/{NAMES[0]}")
+    path.write_bytes(path.read_bytes()[:5000])
+    assert images(source, range(20)) == expected
+
+
 def test_the_cache_holds_what_is_read_soonest(server, tmp_path, size):
     source = TarSource(server.url, tmp_path, 4 * size)
     next_use = np.array([9, 0, 30, 1, 30, 2, 30, 30, 8, 30, 30, 30])
@@ -225,6 +245,39 @@ def test_closing_ends_what_is_downloaded_ahead(server, tmp_path):
     assert held(tmp_path) == set()
     assert parts(tmp_path) == []
     source.close()
+
+
+def leave_a_stream_that_waits(source, is_time):
+    """Read batches of all there is until one is waited for and it is time."""
+    pipeline = ImagePipeline(source, augment=AugmentSpec(size=8), global_batch=240)
+
+    def leave():
+        if is_time():
+            raise Stopped("it is time")
+
+    alone = Shard(rank=0, world_size=1)
+    with pytest.raises(Stopped, match="it is time"):
+        next(pipeline.batches(pipeline.start(), alone, while_waiting=leave))
+    assert not [t for t in threading.enumerate() if t.name.startswith("foveate")]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranged", "cached"])
+def test_leaving_a_stream_ends_what_its_threads_wait_for(server, folder, tmp_path, cached):
+    for name in NAMES:
+        server.faults[name].extend(["stall"] * 20)
+    source = TarSource(server.url, tmp_path if cached else None)
+    leave_a_stream_that_waits(source, lambda: server.stalled.acquire(blocking=False))
+    assert not server.release.is_set()
+    assert parts(tmp_path) == []
+    server.faults.clear()
+    assert source.read(3) == TarSource(folder).read(3)  # it can be read again
+
+
+def test_leaving_a_stream_ends_the_wait_for_another_process(half_way, server, tmp_path):
+    source = TarSource(server.url, tmp_path)
+    leave_a_stream_that_waits(source, lambda: held(tmp_path) == set(range(1, 12)))
+    assert half_way.is_alive()
+    assert len(parts(tmp_path)) == 1
 
 
 def test_a_cache_that_is_too_small_is_refused_before_anything_is_read(server, tmp_path, size):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data import remote
+from data import connection, remote
 from data.base import BadSample, DataError
+from data.build import build
 from data.folder import SyntheticSource
+from data.index import verify
 from data.pack import pack
 from data.remote import Remote
 from data.webdataset import TarSource
@@ -23,7 +25,7 @@ SHARD = "set-000000.tar"
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(connection, "_FIRST_PAUSE", 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_a_server_that_stays_away_is_given_up_on(server, monkeypatch):
     ("fault", "name", "message"),
     [
         ("403", "manifest.json", r"manifest\.json may not be read .*credentials"),
-        (None, "nothing.json", r"nothing\.json is missing: restore it, or run `foveate data index"),
+        (None, "nothing.json", r"nothing\.json is missing: check the address, restore .* index"),
     ],
 )
 def test_a_refusal_is_final(server, fault, name, message):
@@ -167,8 +169,8 @@ def test_a_sample_that_stays_damaged_is_a_bad_sample(server):
 
 
 def test_a_request_that_is_slower_than_others_is_made_twice(server, monkeypatch):
-    monkeypatch.setattr(remote, "_STALLED", 1e6)
-    monkeypatch.setattr(remote, "_FAMILIAR", 30)  # before which none is asked twice
+    monkeypatch.setattr(connection, "_SILENCE", 1e6)
+    monkeypatch.setattr(connection, "_FAMILIAR", 30)  # before which none is asked twice
     reader = Remote(server.url)
     expected = (server.folder / SHARD).read_bytes()
     for place in range(30):
@@ -181,10 +183,38 @@ def test_a_request_that_is_slower_than_others_is_made_twice(server, monkeypatch)
 
 
 def test_a_server_that_says_nothing_is_asked_again(server, monkeypatch):
-    monkeypatch.setattr(remote, "_STALLED", 0.05)
+    monkeypatch.setattr(connection, "_SILENCE", 0.05)
     server.faults["manifest.json"].extend(["stall"] * 4)
     expected = (server.folder / "manifest.json").read_bytes()
     assert Remote(server.url).read("manifest.json") == expected
+
+
+def test_bytes_that_keep_coming_may_take_their_time(server, monkeypatch):
+    monkeypatch.setattr(connection, "_SILENCE", 1.0)
+    server.faults["manifest.json"].extend(["trickle"] * 40)
+    expected = (server.folder / "manifest.json").read_bytes()
+    assert Remote(server.url).read("manifest.json", start=0, end=100) == expected[:100]
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_an_index_is_made_from_afar_whatever_fails(folder, tmp_path, headers_only):
+    shard, folder = (folder / SHARD).read_bytes(), tmp_path / "origin"
+    (folder / "a b").mkdir(parents=True)
+    for number in range(4):
+        (folder / "a b" / f"{number}.tar").write_bytes(shard)
+    with FileServer(folder) as server:
+        for name in ("", "a b/", "a b/1.tar"):
+            server.faults[name].extend(["503", "drop", "503", "503", "drop"])
+        manifest = build(
+            server.url, out=tmp_path / "far", headers_only=headers_only, progress=lambda _: None
+        )
+        assert [s.name for s in manifest.shards] == [f"a b/{number}.tar" for number in range(4)]
+        assert not server.faults["a b/1.tar"]
+        server.faults["a b/2.tar"].extend(["503", "drop", "503", "drop"])
+        assert verify(tmp_path / "far", progress=lambda _: None) == manifest
+    near = build(folder, headers_only=headers_only, progress=lambda _: None)
+    for ours, theirs in zip(manifest.shards, near.shards, strict=True):
+        assert (ours.num_samples, ours.sha256) == (theirs.num_samples, theirs.sha256)
 
 
 def test_samples_are_requested_once_and_before_they_are_read(server):

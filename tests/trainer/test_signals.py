@@ -4,17 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from itertools import count
 from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 
+from data.base import Stopped
+from data.folder import SyntheticSource
+from data.pack import pack
 from launcher.local import python_environment
 from launcher.process import REQUEUE
+from tests.data.servers import FileServer
 from tests.dist import run_distributed
-from tests.trainer.runs import TINY, lines
+from tests.trainer.runs import TINY, lines, tiny_config, train
 from trainer import manifest
+from trainer.group import gather
 from trainer.signals import Signals
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +42,6 @@ def leave_when_told(rank, world_size):
                 if step == TOLD_AT and rank == world_size - 1 and asked is not None:
                     os.kill(os.getpid(), asked)
             steps.append(step)
-        signals.settle()
-        signals.settle()  # nothing is under way any more
         received.append(signals.received)
     return {"steps": steps, "received": received}
 
@@ -47,8 +52,66 @@ def test_all_ranks_leave_after_the_same_step():
     assert [answer["received"] for answer in answers] == [[None] * len(told), told]
     first, second = (answer["steps"] for answer in answers)
     assert first == second
-    # The vote that a step reads was cast one step before; and who was told stays told.
-    assert first == [TOLD_AT + 1, 0] * len(told)
+    assert first == [TOLD_AT, 0] * len(told)  # who was told stays told
+
+
+def leave_while_one_waits(rank, world_size, told):
+    """Rank 1 waits for data twice; the second time they never come, and `told` gets a signal."""
+    heed_every_signal()
+    signals = Signals(dist.new_group(backend="gloo"))
+    pids = gather(os.getpid())
+    said = []
+    for data_come in (True, False):
+        try:
+            for votes in count() if rank == 1 else ():
+                if data_come and votes == 2:
+                    break
+                signals.while_waiting()
+                if votes == 2:
+                    os.kill(pids[told], signal.SIGTERM)
+        except Stopped:
+            return [*said, "stopped"]
+        said.append(signals.agree())
+    return said
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_rank_that_waits_for_data_leaves_with_the_others(told):
+    assert run_distributed(leave_while_one_waits, 2, told) == [[False, True], [False, "stopped"]]
+
+
+def train_far(rank, world_size, config, pids):
+    """Train; returns whether that was completed."""
+    heed_every_signal()
+    (Path(pids) / str(rank)).write_text(str(os.getpid()))
+    return train(rank, world_size, config)
+
+
+def test_a_run_whose_store_is_dead_saves_and_stops_at_a_signal(tmp_path):
+    """The server accepts, and says nothing, whoever asks for a shard in the second epoch."""
+    source = SyntheticSource(num_samples=96, num_classes=10, size=20)
+    pack(source, tmp_path / "set", samples_per_shard=8, progress=lambda _: None)
+    with FileServer(tmp_path / "set") as server:
+        server.faults["set-000007.tar"].extend([*[None] * 8, *["stall"] * 99])
+        config = tiny_config(
+            tmp_path / "run",
+            *("--data.source", "webdataset", "--data.train", server.url),
+            *("--data.val", str(tmp_path / "set"), "--eval.every-epochs", "9"),
+        )
+
+        def tell():
+            server.stalled.acquire()
+            os.kill(int((tmp_path / "0").read_text()), signal.SIGTERM)
+
+        telling = threading.Thread(target=tell)
+        telling.start()
+        done = run_distributed(train_far, 2, config.to_json(), str(tmp_path))
+        telling.join()
+        assert not server.release.is_set()
+    assert done == [False, False]
+    newest, _ = manifest.newest_good(tmp_path / "run" / "checkpoints")
+    (stop,) = lines(tmp_path / "run", "stop")
+    assert manifest.read(newest).step == stop["step"] == len(lines(tmp_path / "run", "train"))
 
 
 def heed_every_signal():
