@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Never
 
 from trainer.config import RunConfig, UserError, nearest
@@ -24,6 +25,7 @@ commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
   export RUN        write a finished run as a bundle for another library
   data              fetch, pack, index and verify data sets; show, bench and doctor what runs see
+  replay RUN        make one step of a run again, and name the tensor that went bad
   demo              pretrain on CIFAR-10 in minutes, crash, resume and export
 
 foveate COMMAND --help says more.
@@ -54,6 +56,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         "pretrain": pretrain,
         "export": lambda rest: python_module("trainer.export", rest),
         "data": data,
+        "replay": replay,
         "demo": demo,
     }
     try:
@@ -131,6 +134,12 @@ def data(arguments: list[str]) -> int:
     return python_module("trainer.data_tools" if looks else "data", arguments)
 
 
+def replay(arguments: list[str]) -> int:
+    """Make a step of a run again, by the code that the run has frozen."""
+    frozen = [Path(word) / "code" for word in arguments if (Path(word) / "code").is_dir()]
+    return python_module("trainer.replay", arguments, code=frozen[0] if frozen else None)
+
+
 def demo(arguments: list[str]) -> int:
     """Run the demonstration."""
     from .demo import run
@@ -141,13 +150,13 @@ def demo(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def python_module(module: str, arguments: list[str]) -> int:
+def python_module(module: str, arguments: list[str], *, code: Path | None = None) -> int:
     """Become `python -m MODULE …`: that program needs torch, which this one must not import."""
     from .local import python_environment
     from .rundir import CODE
 
     command = [sys.executable, "-m", module, *arguments]
-    os.execve(sys.executable, command, python_environment(CODE))
+    os.execve(sys.executable, command, python_environment(code or CODE))
 
 
 def _pretrain_help() -> str:

@@ -16,6 +16,9 @@ class ModelError(ValueError):
     """A mistake of the user about a model: what, where, the value and the remedy in one message."""
 
 
+STAGES = (1, 2, 3, 4)
+
+
 @dataclass(frozen=True)
 class Block:
     """One part of a backbone; the parts of `Backbone.blocks()` hold every parameter exactly once.
@@ -51,6 +54,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[Block]:
         """Every part in the order of the forward pass; see `Block`."""
+
+    def parameter_stages(self) -> dict[str, int]:
+        """The stage, 1 to 4, of every parameter by name."""
+        return {
+            f"{block.name}.{name}": block.stage
+            for block in self.blocks()
+            for name, _ in block.module.named_parameters()
+        }
 
     @abstractmethod
     def init_weights(self) -> None:

@@ -1,8 +1,8 @@
 """One worker: configuration -> process -> Trainer.
 
-Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving (start me again), 77 bad numerics;
-anything else is a bug and shows a traceback. What stopped the run is left in the run folder too,
-since torchrun and srun hide the workers' exit codes.
+Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving (start me again), 76 a rank got
+stuck, 77 bad numerics; anything else is a bug and shows a traceback. What stopped the run is left
+in the run folder too, since torchrun and srun hide the workers' exit codes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def run(config: RunConfig, process: Process) -> Failure | None:
     from data.base import DataError
     from models.base import ModelError
 
-    from .loop import BadNumericsError, Trainer
+    from .guard import BadNumericsError
+    from .loop import Trainer
 
     try:
         trainer = Trainer(config, process)

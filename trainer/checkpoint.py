@@ -86,6 +86,11 @@ class Checkpointer:
         if error is not None:
             raise error
 
+    def forget(self, step: int) -> None:
+        """Remove the checkpoints of `step` and after it, from which nobody is to go on."""
+        self.wait()
+        self._on_first(lambda: manifest.remove_from(self.root, step))
+
     def load(self, state: State, *, model: str) -> dict[str, Any] | None:
         """Fill `state` in place from the newest good checkpoint; return its record.
 

@@ -17,6 +17,7 @@ from data.pipeline import eval_batches
 
 from .config import RunConfig
 from .signals import Signals
+from .watchdog import Watchdog
 
 
 class Evaluator:
@@ -33,12 +34,14 @@ class Evaluator:
         shard: Shard,
         device: torch.device,
         signals: Signals,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.source = source
         self.shard = shard
         self.device = device
         self.signals = signals
+        self.watchdog = watchdog
 
     def accuracy(self, model: nn.Module) -> dict[str, float] | None:
         """Return top1 and top5 in percent, or None if it was stopped."""
@@ -60,8 +63,12 @@ class Evaluator:
                 model,
                 batches,
                 normalize=partial(normalize, mean=data.mean, std=data.std),
-                stop=self.signals.agree,
+                stop=self._stop,
             )
+
+    def _stop(self) -> bool:
+        self.watchdog.at("evaluating")
+        return self.signals.agree()
 
 
 def evaluate(

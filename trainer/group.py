@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from launcher.process import Process
 from .config import UserError
 
 
-def join(process: Process) -> torch.device:
+def join(process: Process, run_dir: Path) -> torch.device:
     """Join the run's process group and return this process's device: its GPU, else the CPU.
 
     A process that has joined one already, a notebook's for one, stays in it.
@@ -26,6 +28,7 @@ def join(process: Process) -> torch.device:
         device = torch.device("cuda", gpu_index(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        record_collectives(run_dir)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             init_method=f"tcp://{process.address}:{process.port}",
@@ -33,6 +36,16 @@ def join(process: Process) -> torch.device:
             world_size=process.world_size,
         )
     return device
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Let NCCL's flight recorder write RUN/logs/collectives_RANK where a collective times out.
+
+    What the environment says wins. `torchfrtrace` of torch reads the files.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run_dir / "logs" / "collectives_"))
 
 
 def gpu_index(process: Process, num_gpus: int) -> int:

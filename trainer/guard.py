@@ -30,6 +30,10 @@ from .sections import GuardConfig
 _FEWEST = 16  # losses, before which nothing is known of how much they vary
 
 
+class BadNumericsError(RuntimeError):
+    """Gradients were not finite for a whole log interval, or losses jumped too often."""
+
+
 @dataclass(frozen=True)
 class Spike:
     """A step whose loss, a mean over all ranks, was above `limit`."""
@@ -63,20 +67,28 @@ class _Entry:
 
 
 class Guard:
-    """Judges the losses of a run's steps, and remembers this rank's last `config.record` steps."""
+    """Judges the losses of a run's steps, and remembers this rank's last `config.record` steps.
 
-    def __init__(self, config: GuardConfig, run_dir: Path, device: torch.device) -> None:
+    Those of the last two log intervals, of `every` steps, it remembers anyhow.
+    """
+
+    def __init__(
+        self, config: GuardConfig, run_dir: Path, device: torch.device, *, every: int
+    ) -> None:
         self.config = config
+        self._run_dir = run_dir
+        self._rollbacks = 0
         self._path = run_dir / "logs" / f"steps_{dist.get_rank():05d}.json"
-        self._entries: deque[_Entry] = deque(maxlen=config.record)
+        self._entries: deque[_Entry] = deque(maxlen=max(config.record, 2 * every))
         self._losses = torch.full((config.window,), torch.nan, device=device)
         self._seen = 0
 
     def judge(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return what to tell of a step, as device scalars: `spike` (1.0 or 0.0) and `limit`.
+        """Return what to tell of a step, as device scalars.
 
-        `loss` is this rank's share of a mean over ranks. Nothing is a spike while few steps have
-        been seen; nothing is told if spikes are not looked for.
+        That is `spike`, 1.0 or 0.0, the `global_loss`, of which `loss` is this rank's part, and the
+        `loss_limit` above which it is a spike. Nothing is one while few steps have been seen;
+        nothing is told if spikes are not looked for.
         """
         if self.config.spike == 0:
             return {}
@@ -89,9 +101,9 @@ class Guard:
         spike = (total > limit).float() * float(self._seen >= _FEWEST)
         self._losses[self._seen % self.config.window] = torch.where(spike > 0, torch.nan, total)
         self._seen += 1
-        return {"spike": spike, "limit": limit, "mean_loss": total}
+        return {"spike": spike, "loss_limit": limit, "global_loss": total}
 
-    def keeps(self, verdict: dict[str, Tensor]) -> Tensor | None:
+    def keep(self, verdict: dict[str, Tensor]) -> Tensor | None:
         """Return 1.0 where the update of a judged step counts, 0.0 where it does not."""
         if self.config.action == "skip" and verdict:
             return 1 - verdict["spike"]
@@ -117,13 +129,30 @@ class Guard:
         fresh = [entry for entry in self._entries if entry.read is None and entry.step <= step]
         _read(fresh)
         return [
-            Spike(entry.step, entry.read["mean_loss"], entry.read["limit"])
+            Spike(entry.step, entry.read["global_loss"], entry.read["loss_limit"])
             for entry in fresh
             if entry.read is not None and entry.read.get("spike")
         ]
 
+    def wants_rollback(self, spike: Spike) -> bool:
+        """Return whether the weights are to go back to before `spike`, and write the record.
+
+        Raises:
+            BadNumericsError: if the run is to stop, or went back too often.
+        """
+        action, limit = self.config.action, self.config.max_rollbacks
+        self.dump(f"the loss jumped at step {spike.step}")
+        if action == "abort" or (action == "rollback" and self._rollbacks == limit):
+            raise BadNumericsError(
+                f"the loss jumped to {spike.loss:.4g} at step {spike.step}, above "
+                f"{spike.limit:.4g}, after {self._rollbacks} rollbacks: look at it with `foveate "
+                f"replay {self._run_dir} --step {spike.step}`, lower optim.lr or raise guard.spike"
+            )
+        return action == "rollback"
+
     def forget(self) -> None:
-        """Begin to learn anew what losses are usual: the weights are others now."""
+        """Begin to learn anew what losses are usual: the weights have gone back."""
+        self._rollbacks += 1
         self._losses.fill_(torch.nan)
         self._seen = 0
 
@@ -136,6 +165,7 @@ class Guard:
             _read([entry for entry in self._entries if entry.read is None])
         record = {"why": why, "steps": [entry.to_dict() for entry in list(self._entries)]}
         with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
             write_atomically(self._path, json.dumps(record) + "\n")
 
 

@@ -156,3 +156,10 @@ def _color(data: DataConfig) -> ColorSpec:
         gaussian_blur_prob=data.gaussian_blur_prob,
         solarize_prob=data.solarize_prob,
     )
+
+
+def pixels(images: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """Return network inputs float32 [B, 3, H, W] as pixels to look at, uint8 [B, H, W, 3]."""
+    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+    shown = images.permute(0, 2, 3, 1).float().cpu()
+    return ((shown * std + mean) * 255).round().clamp(0, 255).byte()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -32,21 +33,20 @@ from .determinism import be_deterministic
 from .ema import EMA
 from .evaluate import Evaluator
 from .group import gather, gloo_group, join
-from .inputs import make_mixer, make_stream, open_val
+from .guard import BadNumericsError, Guard, Spike
+from .inputs import make_mixer, make_stream, open_val, pixels
 from .metrics import MetricLogger
 from .optim import Hyper, learning_rate
 from .signals import Signals
 from .state import TrainState
+from .stragglers import Stragglers
 from .task import classification
+from .watchdog import Watchdog
 
 BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend]] = {
     "ddp": DDPBackend,
     "fsdp": FSDPBackend,
 }
-
-
-class BadNumericsError(RuntimeError):
-    """Gradients were not finite for a whole log interval."""
 
 
 class Trainer:
@@ -57,7 +57,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         if config.train.deterministic:
             be_deterministic()
-        self.device = join(process)
+        self.device = join(process, self.run_dir)
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
@@ -80,12 +80,16 @@ class Trainer:
         self.state = self.saved = self._restore()
         self.group = gloo_group()
         self.signals = Signals(gloo_group())
+        self.watchdog = Watchdog(self.run_dir, seconds=config.guard.hang_seconds)
+        self.guard = Guard(config.guard, self.run_dir, self.device, every=config.log.every)
+        self.stragglers = Stragglers(self.device, gloo_group())
         self.evaluator = Evaluator(
             config,
             val,
             shard=self.backend.data_shard,
             device=self.device,
             signals=self.signals,
+            watchdog=self.watchdog,
         )
         self.metrics = MetricLogger(
             self.run_dir,
@@ -99,16 +103,19 @@ class Trainer:
         """Train until the last step or a signal, save, and return whether the run is complete.
 
         Raises:
-            BadNumericsError: if nothing could be learnt for a whole log interval.
+            BadNumericsError: if nothing could be learnt for a whole log interval, or a loss jumped
+                where `guard.action` lets nothing be done about it.
             UserError: if the data or the disk gives out; the last good checkpoint stays.
         """
         try:
             return self._train()
-        except BaseException:
+        except BaseException as error:
+            self.guard.dump(repr(error), wait=False)
             with suppress(OSError):  # the disk may be what gave out
                 self.metrics.close()
             raise
         finally:
+            self.watchdog.close()
             self.pipeline.source.close()
             self.evaluator.source.close()
 
@@ -126,20 +133,37 @@ class Trainer:
             while self.state.step < self.total_steps and (data := self._take(stream)):
                 if self.state.step == first:
                     self._show_inputs(data[0][0])
-                hyper = self._hyper()
-                values, cursor = self._step(data, hyper)
-                self.state = self.state.advance(cursor)
-                self.metrics.train(self.state.step, values, lr=hyper.lr)
-                self._check_numerics()
-                if cursor.samples == 0:
+                self.advance(data)
+                if self.state.step == first + 1:
+                    self._started()
+                self._look()
+                if self.state.cursor.samples == 0:
                     self._check_epoch()
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
                     self._save()
         return self._finish()
 
+    def _started(self) -> None:
+        """The first step, which may compile and connect, is behind us: be less patient."""
+        self.watchdog.started()
+        if (seconds := self.config.guard.hang_seconds) > 0:  # after the watchdog, which says more
+            dist.set_timeout(timedelta(seconds=2 * seconds))
+
+    def advance(self, data: Sequence[tuple[Batch, Cursor]]) -> dict[str, Tensor]:
+        """Make the next optimizer step with its micro-batches; return its device scalars."""
+        self.watchdog.at("computing")
+        hyper = self._hyper()
+        values = self._step([batch for batch, _ in data], hyper)
+        begin, (_, after) = self.state.cursor, data[-1]
+        self.state = self.state.advance(after)
+        self.guard.note(self.state.step, begin, hyper, [batch for batch, _ in data], values)
+        self.metrics.train(self.state.step, values, lr=hyper.lr)
+        return values
+
     def _take(self, stream: Iterator[tuple[Batch, Cursor]]) -> list[tuple[Batch, Cursor]]:
         """Return a step's micro-batches, each with the cursor after it; none if we are to stop."""
+        self.watchdog.at("waiting for data")
         try:
             with self.metrics.waiting_for_data():
                 data = list(islice(stream, self.config.train.accumulate))
@@ -147,17 +171,15 @@ class Trainer:
             return []
         return [] if self.signals.agree() else data
 
-    def _step(
-        self, data: Sequence[tuple[Batch, Cursor]], hyper: Hyper
-    ) -> tuple[dict[str, Tensor], Cursor]:
-        """Make one optimizer step; return its device scalars and the cursor after its data."""
-        accumulate = len(data)
+    def _step(self, batches: Sequence[Batch], hyper: Hyper) -> dict[str, Tensor]:
+        """Make one optimizer step; return its device scalars."""
+        accumulate = len(batches)
         values: dict[str, Tensor] = {}
-        for micro, (batch, _) in enumerate(data):
+        for micro, batch in enumerate(batches):
             self._fit(batch.images.shape[1])
             last = micro == accumulate - 1
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
-                with self._autocast():
+                with self._autocast(), self.stragglers.timing():
                     images, targets = self.mix(batch)
                     noise, z_loss = self._drop_noise(batch), self.config.train.z_loss
                     loss = classification(self.model, images, targets, noise, z_loss=z_loss)
@@ -165,11 +187,13 @@ class Trainer:
                 self.backend.backward(loss.total * share)
             for name, part in loss.parts.items():
                 values[name] = values.get(name, torch.zeros_like(part)) + part * share
-        info = self.backend.apply(hyper)
+        verdict = self.guard.judge(values["loss"])
+        info = self.backend.apply(hyper, self.guard.keep(verdict))
         if self.ema is not None:
             self.ema.update()
-        _, cursor = data[-1]
-        return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
+        stages = {f"grad_norm_stage{s}": n for s, n in enumerate(info.stage_norms.unbind(), 1)}
+        norms = {"grad_norm": info.grad_norm, **stages}
+        return {**values, **verdict, **norms, "skipped": info.skipped}
 
     def _fit(self, side: int) -> None:
         """Set the model for square images of `side` pixels."""
@@ -212,6 +236,33 @@ class Trainer:
 
     def _is_best(self) -> bool:
         return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
+
+    def _look(self) -> None:
+        """Look, once an interval, at the numbers of the one before it, and at who is slow."""
+        self._check_numerics()
+        if self.state.step % self.config.log.every:
+            return
+        for slow in self.stragglers.look():
+            self.metrics.event("straggler", self.state.step, **vars(slow))
+        if spikes := self.guard.examine(self.state.step - self.config.log.every):
+            for spike in spikes:
+                self.metrics.event("spike", spike.step, loss=spike.loss, limit=spike.limit)
+            if self.guard.wants_rollback(spikes[0]):
+                self._roll_back(spikes[0])
+
+    def _roll_back(self, spike: Spike) -> None:
+        """Take the weights back to before a spike; data and schedule go on, past what made it."""
+        self.checkpointer.forget(spike.step)
+        before = self._restore()
+        if before.step == 0:
+            raise BadNumericsError(
+                f"the loss jumped at step {spike.step}, before there was a checkpoint to go back "
+                "to: lower checkpoint.every or optim.lr"
+            )
+        if (self.state.best_step or 0) >= spike.step:
+            self.state = replace(self.state, best=before.best, best_step=before.best_step)
+        self.guard.forget()
+        self.metrics.event("rollback", self.state.step, spike=spike.step, back_to=before.step)
 
     def _check_numerics(self) -> None:
         if self.metrics.nothing_learnt_at is not None:
@@ -258,6 +309,7 @@ class Trainer:
                 yield f"ema/{name}", self.backend.canonical(name, tensor)
 
     def _save(self) -> None:
+        self.watchdog.at("saving")
         self.metrics.flush()  # a run that goes on from here has reported every step before
         state = replace(self.state, cursor=self._settled_cursor())
         record = {"state": state.to_dict(), "model": self.config.model.name}
@@ -321,11 +373,7 @@ class Trainer:
         if self.config.log.images == 0:
             return
         images, _ = self.mix(batch)
-        shown = images[: self.config.log.images].permute(0, 2, 3, 1).float().cpu()
-        mean, std = torch.tensor(self.config.data.mean), torch.tensor(self.config.data.std)
-        self.metrics.images(
-            self.state.step, ((shown * std + mean) * 255).round().clamp(0, 255).byte()
-        )
+        self.metrics.images(self.state.step, pixels(images[: self.config.log.images], self.config))
 
     def _finish(self) -> bool:
         """Write what is left: the metrics, and a checkpoint if the state is in none."""
@@ -335,6 +383,8 @@ class Trainer:
         self.checkpointer.wait()
         self.metrics.flush()
         self._check_numerics()
+        if not complete:
+            self.guard.dump("stopped by a signal")
         self.metrics.event(
             "end" if complete else "stop", self.state.step, best_top1=self.state.best
         )

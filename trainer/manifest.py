@@ -92,6 +92,13 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def remove_from(root: Path, step: int) -> None:
+    """Remove the checkpoints of `step` and later ones, the newest first."""
+    for folder in checkpoints(root):
+        if folder >= step_folder(root, step):
+            remove(folder)
+
+
 def read(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 

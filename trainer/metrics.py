@@ -215,7 +215,8 @@ def _spell(values: dict[str, Any]) -> str:
     for name, value in values.items():
         if isinstance(value, float):
             value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-        words.append(f"{name} {value}")
+        if "_stage" not in name:  # they are in the files
+            words.append(f"{name} {value}")
     return "  ".join(words)
 
 

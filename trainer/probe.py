@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -50,11 +51,12 @@ class Probe:
 
     @torch.no_grad()
     def look(self, name: str, tensor: Tensor) -> None:
-        """Look at a floating-point tensor."""
-        values = tensor.detach().double()
-        finite = values.isfinite()
-        largest = values[finite].abs().max().item() if finite.any() else 0.0
-        self.looks.append(Look(name, int((~finite).sum()), values.numel(), largest))
+        """Look at a floating-point tensor, of a sharded one at this process's part."""
+        values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        if values.numel() > 0:
+            finite = values.isfinite()
+            largest = torch.where(finite, values.double().abs(), 0.0).max().item()
+            self.looks.append(Look(name, int((~finite).sum()), values.numel(), largest))
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

@@ -40,7 +40,7 @@ class _Place(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process by exit code 76 once it has not moved on for `seconds`.
+    """Ends this process by exit code 76 once it has not moved on for `seconds`; 0 never does.
 
     Call `at` wherever the training moves on. Until the first call of `started`, while models are
     compiled and machines connected, it waits `FIRST` times as long. The stacks of all threads go
@@ -61,7 +61,8 @@ class Watchdog:
         self._ended = threading.Event()
         self._tell()
         self._thread = threading.Thread(target=self._watch, name="foveate-watchdog", daemon=True)
-        self._thread.start()
+        if seconds > 0:
+            self._thread.start()
 
     def at(self, doing: str) -> None:
         """Note that this rank has got to the next place, and what it is doing there."""
@@ -76,7 +77,8 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching."""
         self._ended.set()
-        self._thread.join()
+        if self.seconds > 0:
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(self.seconds / _LOOKS):
@@ -116,6 +118,7 @@ class Watchdog:
         self._beats += 1
         place = _Place(self._host, self._moves, self._doing, self._beats)
         with contextlib.suppress(OSError):  # others see that this rank says nothing new
+            (self.run_dir / "logs").mkdir(exist_ok=True)
             write_atomically(self._file(self._rank), json.dumps(place._asdict()))
 
     def _places(self) -> dict[int, _Place | None]:

@@ -13,7 +13,8 @@ from tests.dist import run_distributed
 from tests.trainer.runs import lines, tiny_config
 from trainer import manifest
 from trainer.config import RunConfig
-from trainer.loop import BadNumericsError, Trainer
+from trainer.guard import BadNumericsError
+from trainer.loop import Trainer
 
 SHORT = ("--backend.name", "ddp", "--train.epochs", "1", "--eval.every-epochs", "100")
 DIVERGING = ("--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--optim.clip-grad", "None")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.base import Shard
-from models.base import Backbone
+from models.base import STAGES, Backbone
 from trainer.group import gather
 from trainer.optim import Hyper, adamw, parameter_groups, set_hyper
 from trainer.sections import OptimConfig
@@ -35,11 +35,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class StepInfo:
     """What an optimizer step tells, as tensors on the device: reading them is up to the caller.
 
-    `grad_norm` is the global norm before clipping; `skipped` is 1.0 where it was not finite, and
-    the update was therefore left out.
+    `grad_norm` is the global norm before clipping, `stage_norms` [4] the same of each stage's
+    parameters; `skipped` is 1.0 where the update was left out.
     """
 
     grad_norm: Tensor
+    stage_norms: Tensor
     skipped: Tensor
 
 
@@ -65,8 +66,11 @@ class Backend(Protocol):
         """Add the gradients of a micro-batch's loss."""
         ...
 
-    def apply(self, hyper: Hyper) -> StepInfo:
-        """Clip, step and clear the gradients, without waiting for the device."""
+    def apply(self, hyper: Hyper, keep: Tensor | None = None) -> StepInfo:
+        """Clip, step and clear the gradients, without waiting for the device.
+
+        The update is left out where the gradients are not finite, or `keep` is 0.0 on the device.
+        """
         ...
 
     def local_tensors(self) -> dict[str, Tensor]:
@@ -109,6 +113,7 @@ class TorchBackend(ABC):
         self.clip_grad = optim.clip_grad
         wrapped = self.wrap(model)
         self.parameters = dict(model.named_parameters())
+        self.stage = model.parameter_stages()
         self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.locals, parameter_groups(model), optim)
         return wrapped
@@ -135,17 +140,18 @@ class TorchBackend(ABC):
 
     @abstractmethod
     def sum_over_shards(self, value: Tensor) -> Tensor:
-        """Add a number up over the processes among which parameters are divided."""
+        """Add numbers up over the processes among which parameters are divided."""
 
     @torch.no_grad()
-    def apply(self, hyper: Hyper) -> StepInfo:
+    def apply(self, hyper: Hyper, keep: Tensor | None = None) -> StepInfo:
         """See Backend.apply."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum()
-        grad_norm = self.sum_over_shards(squares).sqrt()
+        grad_norm, stage_norms = self._norms()
         if self.clip_grad is not None:
             torch._foreach_mul_(grads, (self.clip_grad / (grad_norm + 1e-6)).clamp(max=1.0))
         skipped = (~grad_norm.isfinite()).float()
+        if keep is not None:
+            skipped = torch.maximum(skipped, 1 - keep)
         for name, parameter in self.parameters.items():
             grad = parameter.grad
             self.locals[name].grad = None if grad is None else self.local(grad)
@@ -155,7 +161,19 @@ class TorchBackend(ABC):
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepInfo(grad_norm, skipped)
+        return StepInfo(grad_norm, stage_norms, skipped)
+
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """Return the norm of all gradients, and those of each stage's, [4]."""
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norms = torch._foreach_norm([self.local(grad) for grad in grads.values()])
+        parts = [list(norms)]
+        for stage in STAGES:
+            named = zip(grads, norms, strict=True)
+            parts.append([norm for name, norm in named if self.stage[name] == stage])
+        squares = torch.stack([torch.stack(part).square().sum() for part in parts])
+        found = self.sum_over_shards(squares).sqrt()
+        return found[0], found[1:]
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that are part of the training state, by name."""

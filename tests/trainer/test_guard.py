@@ -1,0 +1,93 @@
+"""The guard: a loss that jumps is left out, undone or ends the run, and the record tells of it."""
+
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.dist import run_distributed
+from tests.trainer.runs import lines, tiny_config, train
+from trainer import loop
+from trainer.guard import BadNumericsError, Guard
+from trainer.sections import GuardConfig
+from trainer.task import Loss
+
+JUMP = 18
+"""The step, from 1, whose loss is made to jump."""
+SETTINGS = (
+    "--data.train", "num_samples=576,num_classes=10,size=20", "--train.epochs", "1",
+    "--optim.warmup-epochs", "0.1", "--checkpoint.every", "4", "--guard.spike", "10",
+    "--backend.name", "fsdp", "--log.every", "2",
+)  # fmt: skip
+
+
+def train_with_a_jump(rank, world_size, config):
+    """Train as rank of two; return what ended it, if it was not the last step."""
+    right, calls = loop.classification, 0
+
+    def jumping(*arguments, **settings):
+        nonlocal calls
+        calls += 1
+        loss = right(*arguments, **settings)
+        by = 9.0 if calls == JUMP else 1.0
+        return Loss(loss.total * by, {name: part * by for name, part in loss.parts.items()})
+
+    with mock.patch.object(loop, "classification", jumping):
+        try:
+            assert train(rank, world_size, config)
+        except BadNumericsError as error:
+            return str(error)
+    return None
+
+
+def judge_all(rank, world_size, losses, spike):
+    """Judge a series of losses; return which are spikes, and the limits."""
+    guard = Guard(GuardConfig(spike=spike), Path(), torch.device("cpu"), every=1)
+    found = [guard.judge(torch.tensor(loss + rank)) for loss in losses]
+    return [[verdict["spike"].item(), verdict["loss_limit"].item()] for verdict in found]
+
+
+def test_a_loss_far_above_those_before_is_a_spike_on_every_rank():
+    series = [2 - 0.01 * step + 0.02 * (-1) ** step for step in range(30)] + [3.0, 1.7, math.inf]
+    first, second = run_distributed(judge_all, 2, series, 8.0)
+    assert first == second
+    assert [bool(spike) for spike, _ in first] == [False] * 30 + [True, False, True]
+    # Over 2 ranks the mean is half a unit above rank 0's: the limit is one of means.
+    assert 2.0 < first[30][1] < 3.5
+
+
+def leave_it(rank, world_size):
+    guard = Guard(GuardConfig(), Path(), torch.device("cpu"), every=1)
+    verdict = guard.judge(torch.tensor(3.0))
+    return [verdict, guard.keep(verdict)]
+
+
+def test_without_a_limit_nothing_is_judged():
+    assert run_distributed(leave_it, 1) == [[{}, None]]
+
+
+@pytest.mark.slow
+def test_a_jump_is_left_out_undone_or_ends_the_run(tmp_path):
+    ended = {}
+    for action in ("skip", "rollback", "abort"):
+        config = tiny_config(tmp_path / action, *SETTINGS, "--guard.action", action)
+        ended[action] = run_distributed(train_with_a_jump, 2, config.to_json())
+        [spike] = lines(tmp_path / action, "spike")
+        assert spike["step"] == JUMP
+        assert spike["loss"] > 3 * spike["limit"]
+        record = json.loads((tmp_path / action / "logs" / "steps_00001.json").read_text())
+        assert "the loss jumped" in record["why"]
+        step = record["steps"][JUMP - 1]
+        assert (step["step"], step["samples"], step["spike"]) == (JUMP, 24 * (JUMP - 1), 1.0)
+        assert len(step["ids"][0]) == 12
+        assert step["grad_norm_stage3"] > 0
+    left_out = {line["step"]: line["skipped"] for line in lines(tmp_path / "skip", "train")}
+    assert left_out == {step: 0.5 * (step == JUMP) for step in range(2, 25, 2)}
+    assert ended["skip"] == ended["rollback"] == [None, None]
+    [rollback] = lines(tmp_path / "rollback", "rollback")
+    assert (rollback["step"], rollback["spike"], rollback["back_to"]) == (JUMP + 2, JUMP, 16)
+    assert [end["step"] for end in lines(tmp_path / "rollback", "end")] == [24]
+    assert all("after 0 rollbacks: look at it with `foveate replay" in e for e in ended["abort"])
