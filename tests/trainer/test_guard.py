@@ -47,7 +47,7 @@ def judge_all(rank, world_size, losses, spike):
     """Judge a series of losses; return which are spikes, and the limits."""
     guard = Guard(GuardConfig(spike=spike), Path(), torch.device("cpu"), every=1)
     found = [guard.judge(torch.tensor(loss + rank)) for loss in losses]
-    return [[verdict["spike"].item(), verdict["loss_limit"].item()] for verdict in found]
+    return [[v["spike"].item(), v["loss_limit"].nan_to_num(-1.0).item()] for v in found]
 
 
 def test_a_loss_far_above_those_before_is_a_spike_on_every_rank():
