@@ -142,13 +142,14 @@ class Connection:
                     raise FileNotFoundError(url) from error
                 if _is_refusal(error):
                     raise DataError(
-                        f"{url} may not be read ({error!r}): give this process credentials that may"
+                        f"{url} may not be read ({describe(error)}): give this process credentials "
+                        "that may"
                     ) from error
                 wrong += isinstance(error, WrongContent)
                 if tries == _TRIES or wrong == _TRIES_OF_CONTENT:
                     raise _failure(url, tries, error) from error
                 if tries == _WARN_AFTER:
-                    warnings.warn(f"{url}: {error!r}; trying on", stacklevel=2)
+                    warnings.warn(f"{url}: {describe(error)}; trying on", stacklevel=2)
             await asyncio.sleep(_pause(tries))
         raise AssertionError("the last try returns or raises")
 
@@ -168,6 +169,11 @@ class Connection:
         if len(self._seconds) < _FAMILIAR or self._extra * _EXTRA > self._answers:
             return None
         return sorted(self._seconds)[len(self._seconds) * 19 // 20]
+
+
+def describe(error: Exception) -> str:
+    """Return an error of a store on one line: what some say alone says nothing."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -211,6 +217,6 @@ def _failure(url: str, tries: int, error: Exception) -> DataError:
             f"run `foveate data index {folder} --out FOLDER` and read that folder"
         )
     return DataError(
-        f"{url} cannot be read after {tries} tries ({error!r}): check that this machine reaches "
-        "it, and start again"
+        f"{url} cannot be read after {tries} tries ({describe(error)}): check that this machine "
+        "reaches it, and start again"
     )

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 from fsspec import get_filesystem_class
 
 from data.base import DataError, Stopped
-from data.connection import Connection, Request
+from data.connection import Connection, Request, describe
 
 Answer = TypeVar("Answer")
 
@@ -41,6 +41,8 @@ class Remote:
     """
 
     def __init__(self, url: str) -> None:
+        if not url.partition("://")[2].strip("/"):
+            raise DataError(f"{url} names no bucket, server or folder: add it")
         self.url = url.rstrip("/")
         self._protocol = _check_protocol(self.url)
         self._connecting = threading.Lock()
@@ -160,8 +162,8 @@ class Remote:
                     self._connection = Connection(self.url, self._protocol)
                 except Exception as error:  # each backend has exceptions of its own
                     raise DataError(
-                        f"{self.url} cannot be opened ({error!r}): check the address, and what "
-                        "gives this process access"
+                        f"{self.url} cannot be opened ({describe(error)}): check the address, and "
+                        "what gives this process access"
                     ) from error
             return self._connection
 
