@@ -35,6 +35,7 @@ _SILENCE = 30.0  # seconds without a byte
 _REMEMBERED = 200  # durations of answers, of which the slowest twentieth counts as slow
 _FAMILIAR = 20  # answers, before which nothing is known of what is slow
 _EXTRA = 20  # one request in so many may be asked twice
+_BUSY = (408, 425, 429)  # statuses that ask for patience, where others of the 400s mean no
 _jitter = random.SystemRandom()  # moves nothing that is computed: pauses only
 
 
@@ -146,7 +147,7 @@ class Connection:
                         "that may"
                     ) from error
                 wrong += isinstance(error, WrongContent)
-                if tries == _TRIES or wrong == _TRIES_OF_CONTENT:
+                if tries == _TRIES or wrong == _TRIES_OF_CONTENT or _is_meaningless(error):
                     raise _failure(url, tries, error) from error
                 if tries == _WARN_AFTER:
                     warnings.warn(f"{url}: {describe(error)}; trying on", stacklevel=2)
@@ -204,6 +205,14 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, PermissionError) or status in (401, 403) or named
 
 
+def _is_meaningless(error: Exception) -> bool:
+    """Whether there is no such address, or the server makes nothing of what it is asked."""
+    status = getattr(error, "status", 0)  # of aiohttp's exceptions
+    named = type(error).__name__ == "ParamValidationError"  # of boto
+    refused = 400 <= status < 500 and status not in _BUSY
+    return isinstance(error, ValueError) or named or refused
+
+
 def _pause(tries: int) -> float:
     """Return the seconds to wait after so many tries: others that failed now wait otherwise."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (tries - 1)) * _jitter.uniform(0.5, 1.0)
@@ -217,6 +226,6 @@ def _failure(url: str, tries: int, error: Exception) -> DataError:
             f"run `foveate data index {folder} --out FOLDER` and read that folder"
         )
     return DataError(
-        f"{url} cannot be read after {tries} tries ({describe(error)}): check that this machine "
-        "reaches it, and start again"
+        f"{url} cannot be read after {tries} tries ({describe(error)}): check the address, and "
+        "that this machine reaches it, and start again"
     )

@@ -145,6 +145,11 @@ def test_a_refusal_is_final(server, fault, name, message):
     assert server.count(name) == 1
 
 
+def test_a_bucket_that_cannot_be_is_named_at_once(bucket):
+    with pytest.raises(DataError, match=r"Invalid bucket name .*: check the address"):
+        TarSource("s3://Bad_Bucket!/set")
+
+
 def test_a_bucket_without_the_set_is_named(bucket):
     with pytest.raises(DataError, match=r"s3://bucket/other/manifest\.json is missing"):
         TarSource("s3://bucket/other")
