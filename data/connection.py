@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
@@ -36,6 +37,10 @@ _REMEMBERED = 200  # durations of answers, of which the slowest twentieth counts
 _FAMILIAR = 20  # answers, before which nothing is known of what is slow
 _EXTRA = 20  # one request in so many may be asked twice
 _BUSY = (408, 425, 429)  # statuses that ask for patience, where others of the 400s mean no
+_PACKAGES = {  # what setup.cfg calls the dependencies of a protocol
+    **dict.fromkeys(("s3", "s3a", "http", "https"), "remote"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+}
 _jitter = random.SystemRandom()  # moves nothing that is computed: pauses only
 
 
@@ -172,6 +177,27 @@ class Connection:
         return sorted(self._seconds)[len(self._seconds) * 19 // 20]
 
 
+def check_protocol(url: str) -> str:
+    """Return the protocol of `url`; raises DataError if nothing here speaks it."""
+    protocol = url.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = _PACKAGES.get(protocol)
+        remedy = (
+            f"run `pip install --editable '.[{extra}]'` in Foveate's folder"
+            if extra
+            else "install what it names"
+        )
+        raise DataError(f"{url} cannot be opened ({error}): {remedy}") from error
+    except ValueError as error:
+        raise DataError(
+            f"{url}: {protocol!r} is not a protocol that fsspec knows, such as s3, gs, http, https "
+            "or file"
+        ) from error
+    return protocol
+
+
 def describe(error: Exception) -> str:
     """Return an error of a store on one line: what some say alone says nothing."""
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -225,7 +251,8 @@ def _failure(url: str, tries: int, error: Exception) -> DataError:
             f"{url} is not what the manifest says after {tries} tries: {error}; restore it, or "
             f"run `foveate data index {folder} --out FOLDER` and read that folder"
         )
+    often = f" after {tries} tries" if tries > 1 else ""
     return DataError(
-        f"{url} cannot be read after {tries} tries ({describe(error)}): check the address, and "
-        "that this machine reaches it, and start again"
+        f"{url} cannot be read{often} ({describe(error)}): check the address, and that this "
+        "machine reaches it, and start again"
     )
