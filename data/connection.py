@@ -213,8 +213,9 @@ def _options(protocol: str) -> dict[str, Any]:
 
         # The default is five minutes for an answer, however long.
         timeout = ClientTimeout(total=None, connect=_SILENCE, sock_read=_SILENCE)
-        name = "client_kwargs" if protocol.startswith("http") else "session_kwargs"
-        return {name: {"trust_env": True, "timeout": timeout}}
+        if protocol.startswith("http"):
+            return {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+        return {"session_kwargs": {"trust_env": True}, "requests_timeout": timeout}
     return {}
 
 
