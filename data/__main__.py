@@ -99,12 +99,20 @@ def _parser() -> argparse.ArgumentParser:
         help="read the beginning of each image alone: fast, but damage is not noticed",
     )
     check = commands.add_parser("verify", help="compare every shard with the manifest")
-    check.add_argument("folder", type=Path)
+    check.add_argument("folder", type=_folder_here)
     for command in (pack, index, check):
         command.add_argument(
             "--workers", type=int, default=num_cores(), help="processes (default: one per core)"
         )
     return parser
+
+
+def _folder_here(text: str) -> Path:
+    if "://" in text.removeprefix("file://"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is elsewhere: index it with --out FOLDER, and verify that folder"
+        )
+    return Path(text.removeprefix("file://"))
 
 
 def _class_names(folder: Path, file: Path | None) -> list[str] | None:

@@ -35,7 +35,7 @@ class CachedStore:
     """The `Store` over the shards of `remote` that keeps up to `limit` bytes in `folder`.
 
     Before anybody has said what is read next, shards are expected in the order of their numbers.
-    Raises DataError if the folder cannot be written.
+    Raises DataError if the folder cannot be written, or the limit is below a shard.
     """
 
     def __init__(
@@ -45,6 +45,11 @@ class CachedStore:
         self._shards = shards
         self._sizes = np.array([shard.num_bytes for shard in shards], np.int64)
         self._limit = math.inf if limit is None else limit
+        if self._sizes.max() > self._limit:
+            raise DataError(
+                f"a cache_gb of {self._limit / 1e9:g} holds no shard of {remote.url}, of which the "
+                f"largest takes {self._sizes.max() / 1e9:.3g} GB: give the cache more"
+            )
         self._files = OpenShards(self._open)
         self._folder = CacheFolder(folder, shards, self._limit, forget=self._files.drop)
         self._next_use = np.zeros(len(shards), np.int64)
@@ -54,10 +59,8 @@ class CachedStore:
 
     def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
         """See `Store`: downloads the shard unless it is there."""
-        try:
+        with self._working():
             return self._files.get(shard).read(offset, num_bytes)
-        except OSError as error:
-            raise unusable(self._folder.path, error) from error
 
     def read_again(self, shard: int, offset: int, num_bytes: int) -> bytes:
         """See `Store`: a shard that lost its hash, on a disk that decays, is downloaded again.
@@ -66,7 +69,7 @@ class CachedStore:
         """
         info = self._shards[shard]
         path = self._folder.path / info.name
-        with self._leased(shard), suppress(OSError):
+        with self._working(), self._leased(shard), suppress(FileNotFoundError):
             sound = path.stat().st_size == info.num_bytes and _has_hash(info, hash_file(path))
             if not sound:
                 self._folder.remove(shard)
@@ -84,7 +87,9 @@ class CachedStore:
         The first time, raises DataError unless the folder has room for what is read at a time.
         """
         if not self._is_checked:
-            check_room(next_use, self._sizes, self._folder.room(), place=str(self._folder.path))
+            with self._working():
+                room = self._folder.room()
+            check_room(next_use, self._sizes, room, place=str(self._folder.path))
             self._is_checked = True
         self._files.drop_removed()
         with self._lock:
@@ -110,13 +115,18 @@ class CachedStore:
 
     def _open(self, shard: int) -> ShardFile:
         """Return a shard from the folder, downloading it first unless it is there."""
+        with suppress(FileNotFoundError):
+            return ShardFile(self._folder.path, self._shards[shard])
+        with self._leased(shard):
+            if not self._is_held(shard):
+                self._download(shard, at_once=True)
+            return ShardFile(self._folder.path, self._shards[shard])
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Word what goes wrong with the disk."""
         try:
-            with suppress(FileNotFoundError):
-                return ShardFile(self._folder.path, self._shards[shard])
-            with self._leased(shard):
-                if not self._is_held(shard):
-                    self._download(shard, at_once=True)
-                return ShardFile(self._folder.path, self._shards[shard])
+            yield
         except OSError as error:
             raise unusable(self._folder.path, error) from error
 

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
@@ -35,6 +36,11 @@ _SILENCE = 30.0  # seconds without a byte
 _REMEMBERED = 200  # durations of answers, of which the slowest twentieth counts as slow
 _FAMILIAR = 20  # answers, before which nothing is known of what is slow
 _EXTRA = 20  # one request in so many may be asked twice
+_BUSY = (408, 425, 429)  # statuses that ask for patience, where others of the 400s mean no
+_PACKAGES = {  # what setup.cfg calls the dependencies of a protocol
+    **dict.fromkeys(("s3", "s3a", "http", "https"), "remote"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+}
 _jitter = random.SystemRandom()  # moves nothing that is computed: pauses only
 
 
@@ -142,13 +148,14 @@ class Connection:
                     raise FileNotFoundError(url) from error
                 if _is_refusal(error):
                     raise DataError(
-                        f"{url} may not be read ({error!r}): give this process credentials that may"
+                        f"{url} may not be read ({describe(error)}): give this process credentials "
+                        "that may"
                     ) from error
                 wrong += isinstance(error, WrongContent)
-                if tries == _TRIES or wrong == _TRIES_OF_CONTENT:
+                if tries == _TRIES or wrong == _TRIES_OF_CONTENT or _is_meaningless(error):
                     raise _failure(url, tries, error) from error
                 if tries == _WARN_AFTER:
-                    warnings.warn(f"{url}: {error!r}; trying on", stacklevel=2)
+                    warnings.warn(f"{url}: {describe(error)}; trying on", stacklevel=2)
             await asyncio.sleep(_pause(tries))
         raise AssertionError("the last try returns or raises")
 
@@ -170,6 +177,32 @@ class Connection:
         return sorted(self._seconds)[len(self._seconds) * 19 // 20]
 
 
+def check_protocol(url: str) -> str:
+    """Return the protocol of `url`; raises DataError if nothing here speaks it."""
+    protocol = url.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = _PACKAGES.get(protocol)
+        remedy = (
+            f"run `pip install --editable '.[{extra}]'` in Foveate's folder"
+            if extra
+            else "install what it names"
+        )
+        raise DataError(f"{url} cannot be opened ({error}): {remedy}") from error
+    except ValueError as error:
+        raise DataError(
+            f"{url}: {protocol!r} is not a protocol that fsspec knows, such as s3, gs, http, https "
+            "or file"
+        ) from error
+    return protocol
+
+
+def describe(error: Exception) -> str:
+    """Return an error of a store on one line: what some say alone says nothing."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _options(protocol: str) -> dict[str, Any]:
     """Return what fsspec is told: to bear no silence, and to use the environment's proxies."""
     if protocol in ("s3", "s3a"):
@@ -180,8 +213,9 @@ def _options(protocol: str) -> dict[str, Any]:
 
         # The default is five minutes for an answer, however long.
         timeout = ClientTimeout(total=None, connect=_SILENCE, sock_read=_SILENCE)
-        name = "client_kwargs" if protocol.startswith("http") else "session_kwargs"
-        return {name: {"trust_env": True, "timeout": timeout}}
+        if protocol.startswith("http"):
+            return {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+        return {"session_kwargs": {"trust_env": True}, "requests_timeout": timeout}
     return {}
 
 
@@ -198,6 +232,14 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, PermissionError) or status in (401, 403) or named
 
 
+def _is_meaningless(error: Exception) -> bool:
+    """Whether there is no such address, or the server makes nothing of what it is asked."""
+    status = getattr(error, "status", 0)  # of aiohttp's exceptions
+    named = type(error).__name__ == "ParamValidationError"  # of boto
+    refused = 400 <= status < 500 and status not in _BUSY
+    return isinstance(error, ValueError) or named or refused
+
+
 def _pause(tries: int) -> float:
     """Return the seconds to wait after so many tries: others that failed now wait otherwise."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (tries - 1)) * _jitter.uniform(0.5, 1.0)
@@ -210,7 +252,8 @@ def _failure(url: str, tries: int, error: Exception) -> DataError:
             f"{url} is not what the manifest says after {tries} tries: {error}; restore it, or "
             f"run `foveate data index {folder} --out FOLDER` and read that folder"
         )
+    often = f" after {tries} tries" if tries > 1 else ""
     return DataError(
-        f"{url} cannot be read after {tries} tries ({error!r}): check that this machine reaches "
-        "it, and start again"
+        f"{url} cannot be read{often} ({describe(error)}): check the address, and that this "
+        "machine reaches it, and start again"
     )

@@ -18,19 +18,13 @@ from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from fsspec import get_filesystem_class
-
 from data.base import DataError, Stopped
-from data.connection import Connection, Request
+from data.connection import Connection, Request, check_protocol, describe
 
 Answer = TypeVar("Answer")
 
 _CHUNK = 8 << 20  # bytes that one request of a whole file asks for
 _CHUNKS_AHEAD = 4  # of those under way at a time
-_PACKAGES = {  # what setup.cfg calls the dependencies of a protocol
-    **dict.fromkeys(("s3", "s3a", "http", "https"), "remote"),
-    **dict.fromkeys(("gs", "gcs"), "gcs"),
-}
 
 
 class Remote:
@@ -41,8 +35,10 @@ class Remote:
     """
 
     def __init__(self, url: str) -> None:
+        if not url.partition("://")[2].strip("/"):
+            raise DataError(f"{url} names no bucket, server or folder: add it")
         self.url = url.rstrip("/")
-        self._protocol = _check_protocol(self.url)
+        self._protocol = check_protocol(self.url)
         self._connecting = threading.Lock()
         self._connection: Connection | None = None
 
@@ -160,8 +156,8 @@ class Remote:
                     self._connection = Connection(self.url, self._protocol)
                 except Exception as error:  # each backend has exceptions of its own
                     raise DataError(
-                        f"{self.url} cannot be opened ({error!r}): check the address, and what "
-                        "gives this process access"
+                        f"{self.url} cannot be opened ({describe(error)}): check the address, and "
+                        "what gives this process access"
                     ) from error
             return self._connection
 
@@ -177,24 +173,3 @@ def finish(request: Future[Answer]) -> Answer:
         raise Stopped("the source was closed") from error
     finally:
         del request  # which has its error, whose frames would keep what they hold, open files too
-
-
-def _check_protocol(url: str) -> str:
-    """Return the protocol of `url`; raises DataError if nothing here speaks it."""
-    protocol = url.partition("://")[0]
-    try:
-        get_filesystem_class(protocol)
-    except ImportError as error:
-        extra = _PACKAGES.get(protocol)
-        remedy = (
-            f"run `pip install --editable '.[{extra}]'` in Foveate's folder"
-            if extra
-            else "install what it names"
-        )
-        raise DataError(f"{url} cannot be opened ({error}): {remedy}") from error
-    except ValueError as error:
-        raise DataError(
-            f"{url}: {protocol!r} is not a protocol that fsspec knows, such as s3, gs, http, https "
-            "or file"
-        ) from error
-    return protocol

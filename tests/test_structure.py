@@ -22,7 +22,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 OWNERS = {
     "deepspeed": ("trainer/backends/zero.py",),
     "ffcv": ("data/ffcv.py",),
-    "fsspec": ("data/connection.py", "data/remote.py", "data/location.py"),
+    "fsspec": ("data/connection.py", "data/location.py"),
     "webdataset": ("data/webdataset.py", "data/pack.py"),
     "tensorboard": ("trainer/metrics.py",),
     "accelerate": ("trainer/finetune/",),

@@ -63,7 +63,7 @@ class DataConfig:
     num_workers: int = 8
     """Decoding threads per process."""
     prefetch: int = 4
-    """Micro-batches prepared ahead."""
+    """Micro-batches prepared ahead, those of one step at least."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the random crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -50,5 +50,5 @@ class Signals:
         """Return whether any rank was told to stop, and whether any waits for data."""
         votes = torch.tensor([self.received is not None, waits], dtype=torch.uint8)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
-        stop, somebody_waits = votes.bool().tolist()
-        return stop, somebody_waits
+        stop, somebody_waits = votes.tolist()
+        return stop > 0, somebody_waits > 0

@@ -299,6 +299,21 @@ def test_a_folder_that_cannot_be_used_is_named(server, tmp_path, place):
         TarSource(server.url, tmp_path / "cache" / "here")
 
 
+def test_a_folder_that_vanishes_is_named(server, tmp_path):
+    source = TarSource(server.url, tmp_path)
+    source.read(0)
+    [path] = tmp_path.glob("*")
+    path.rename(tmp_path / "away")
+    for read in (lambda: source.read(30), lambda: source.expect(np.arange(12))):
+        with pytest.raises(DataError, match=r"cannot be used .*choose another cache_dir"):
+            read()
+
+
+def test_a_limit_below_a_shard_is_refused(server, tmp_path, size):
+    with pytest.raises(DataError, match=r"a cache_gb of .* holds no shard of .*: give the cache"):
+        TarSource(server.url, tmp_path, size - 1)
+
+
 READ = """
 import sys
 from pathlib import Path

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import connection, remote
+from data.__main__ import main
 from data.base import BadSample, DataError
 from data.build import build
 from data.folder import SyntheticSource
@@ -142,6 +143,11 @@ def test_a_refusal_is_final(server, fault, name, message):
     with pytest.raises(DataError, match=message):
         Remote(server.url).read(name)
     assert server.count(name) == 1
+
+
+def test_a_bucket_that_cannot_be_is_named_at_once(bucket):
+    with pytest.raises(DataError, match=r"Invalid bucket name .*: check the address"):
+        TarSource("s3://Bad_Bucket!/set")
 
 
 def test_a_bucket_without_the_set_is_named(bucket):
@@ -282,6 +288,19 @@ for url in ("s3://bucket/set", "https://host/set", "gs://bucket/set", "pigeon://
         assert line.startswith(f"{url} cannot be opened")
         assert f"run `pip install --editable '.[{extra}]'` in Foveate's folder" in line
     assert "'pigeon' is not a protocol that fsspec knows" in lines[3]
+
+
+@pytest.mark.parametrize("url", ["s3://", "https://", "file:///"])
+def test_a_url_of_nothing_is_refused(url):
+    with pytest.raises(DataError, match=f"^{url} names no bucket, server or folder"):
+        TarSource(url)
+
+
+def test_what_is_elsewhere_is_verified_by_its_index(capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", "s3://bucket/set"])
+    said = "s3://bucket/set is elsewhere: index it with --out FOLDER, and verify that folder"
+    assert said in capsys.readouterr().err
 
 
 def test_a_name_that_leaves_the_cache_folder_is_refused(folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.augment import EvalSpec
-from data.base import Shard
+from data.base import Shard, Stopped
 from data.folder import SyntheticSource
 from data.pipeline import eval_batches
 from tests.dist import run_distributed
@@ -42,19 +42,25 @@ def source_of(name):
     return SyntheticSource(num_samples=num_samples, num_classes=num_classes, size=10)
 
 
-def measured(name, shard, *, stop=lambda: False):
+def measured(name, shard, *, stop=lambda: False, come=lambda batches: batches):
     network = Network(CASES[name][1]).train()
     batches = eval_batches(source_of(name), SPEC, batch_size=4, shard=shard)
-    result = evaluate(network, batches, normalize=normalize, stop=stop)
+    result = evaluate(network, come(batches), normalize=normalize, stop=stop)
     return {"result": result, "training": network.training}
 
 
+def first_alone(batches):
+    yield next(batches)
+    raise Stopped
+
+
 def evaluate_everything(rank, world_size):
-    """Every case whole, then one that is stopped after its first batch."""
+    """Every case whole, then one that is stopped after its first batch, or waiting for another."""
     shard = Shard(rank=rank, world_size=world_size)
     answers = {name: measured(name, shard) for name in CASES}
     calls = iter([False, True])
     answers["stopped"] = measured("ten", shard, stop=lambda: next(calls))
+    answers["stopped in waiting"] = measured("ten", shard, come=first_alone)
     return answers
 
 
@@ -96,7 +102,8 @@ def test_fewer_than_five_classes_are_always_within_five(answers):
 
 def test_stopping_midway_gives_no_result_and_goes_back_to_training(answers):
     for answer in answers:
-        assert answer["stopped"] == {"result": None, "training": True}
+        for case in ("stopped", "stopped in waiting"):
+            assert answer[case] == {"result": None, "training": True}
 
 
 def test_an_error_midway_goes_back_to_training():
