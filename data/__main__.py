@@ -15,7 +15,7 @@ from data.base import DataError
 from data.betonpack import IMAGE_MODES
 from data.build import build
 from data.fetch import fetch_cifar10
-from data.index import MANIFEST, Manifest, verify
+from data.index import known_classes, verify
 from data.pack import FORMATS, pack_folder
 from data.parallel import num_cores
 
@@ -113,12 +113,8 @@ def _class_names(folder: Path, file: Path | None) -> list[str] | None:
         if not file.is_file():
             raise DataError(f"{file} is no file of class names")
         return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
-        return list(Manifest.load(folder).classes)
-    except DataError:  # an unreadable manifest is what `index` is run to replace
-        return None
+    names = known_classes(folder)
+    return None if names is None else list(names)
 
 
 if __name__ == "__main__":

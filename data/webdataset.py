@@ -11,6 +11,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,11 +30,11 @@ from data.index import (
     check_shard,
     index_name,
     read_columns,
+    sample_name,
 )
 from data.ranged import RangedStore
 from data.remote import Remote
 from data.store import LocalStore, Place, Store
-from data.tar import member_name
 
 
 class TarSource:
@@ -105,7 +106,21 @@ class TarSource:
         self._store.close()
 
     def read(self, id: int) -> Sample:
-        """Return sample `id`; raises BadSample naming shard and member if its bytes changed."""
+        """Return sample `id`.
+
+        Raises BadSample naming shard and member if its bytes changed, or were damaged from the
+        first.
+        """
+        shard, row = self._locate(id)
+        if int(self._columns[shard]["flags"][row]) & Flag.CORRUPT:
+            raise BadSample(
+                f"{self.name(id)} was damaged before it was indexed; replace the image, and run "
+                f"`foveate data index {self._location}`"
+            )
+        return self.read_stored(id)
+
+    def read_stored(self, id: int) -> Sample:
+        """Return sample `id` as it was indexed, damaged or not; raises BadSample if it changed."""
         shard, row = self._locate(id)
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         place = self._place(shard, row)
@@ -128,10 +143,9 @@ class TarSource:
     def name(self, id: int) -> str:
         """Return `SHARD:MEMBER (sample id)`, where the member of a .beton is its number in it."""
         shard, row = self._locate(id)
-        offset, member = int(self._columns[shard]["offset"][row]), str(row)
-        if self._shards[shard].name.endswith(".tar"):
-            member = member_name(self._store.read(shard, offset - 512, 512))
-        return f"{self._location}/{self._shards[shard].name}:{member} (sample {id})"
+        info = self._shards[shard]
+        member = sample_name(info, row, self._columns[shard], partial(self._store.read, shard))
+        return f"{self._location}/{info.name}:{member} (sample {id})"
 
     def _locate(self, id: int) -> tuple[int, int]:
         """Return the shard's index and the row in it."""
