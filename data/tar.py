@@ -9,13 +9,13 @@ looked at. Names are bytes, of any encoding: what is not UTF-8 is kept as surrog
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -63,21 +63,21 @@ def member_name(block: bytes) -> str:
         return block[:100].split(b"\0")[0].decode(errors="replace")
 
 
-def sample_members(span: bytes, key: int) -> tuple[str | None, dict[str, bytes]]:
-    """Return the name of a sample and, by suffix, its members that lie in a `span` of a tar.
+def sample_members(file: IO[bytes], key: int) -> tuple[str | None, dict[str, bytes]]:
+    """Return the name of a sample and, by suffix, its members in `file`, a part of a tar.
 
-    The span begins with a member's header; `key` is the hash of the name, which is None if the
-    span holds nothing of it.
+    The part begins with a member's header and may end anywhere; `key` is the hash of the name,
+    which is None if the part holds nothing of it.
     """
     name, found = None, dict[str, bytes]()
-    with _open(io.BytesIO(span)) as archive:
+    with _open(file) as archive, suppress(tarfile.ReadError):  # the last member is cut off
         for member in _members(archive):
             if not member.isreg() or member.issparse() or _is_hidden(member):
                 continue
-            start, end = member.offset_data, member.offset_data + member.size
             stem, suffix = _split_name(member.name)
-            if hash_key(stem) == key and end <= len(span):
-                name, found[suffix] = stem, span[start:end]
+            if hash_key(stem) == key:
+                file.seek(member.offset_data)
+                name, found[suffix] = stem, file.read(member.size)
     return name, found
 
 
