@@ -120,7 +120,7 @@ class Manifest:
         try:
             return cls.parse(path.read_bytes(), str(folder))
         except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; {rebuild(folder)}") from error
+            raise DataError(f"{path} is missing{_instead(folder)}") from error
         except OSError as error:
             raise DataError(f"{path} is unreadable ({error!r}); {rebuild(folder)}") from error
 
@@ -281,6 +281,15 @@ def hash_stream(file: IO[bytes]) -> str:
 def rebuild(folder: Path | str) -> str:
     """Return what to run where an index does not fit."""
     return f"run `foveate data index {folder}`"
+
+
+def _instead(folder: Path) -> str:
+    """Return what to do where a folder has no manifest."""
+    if not folder.is_dir():
+        return f": there is no folder {folder}; name another"
+    if any(folder.glob("*/")):
+        return f"; {rebuild(folder)}, or pack it if it holds CLASS/IMAGE: `foveate data pack`"
+    return f"; {rebuild(folder)}"
 
 
 def _read_at(file: IO[bytes], offset: int, num_bytes: int) -> bytes:

@@ -24,12 +24,12 @@ def test_the_sheet_shows_what_the_first_batch_of_a_run_holds(tmp_path):
     stream.close()
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     pixels = (images.permute(0, 2, 3, 1) * std + mean).mul(255).round().clamp(0, 255).byte().numpy()
-    sheet = np.asarray(draw_contact_sheet(config, count=4, epoch=0))
+    sheet = np.asarray(draw_contact_sheet(config, count=4, epoch=0)[0])
     side = 112  # 16 pixels, seven times as large
     for index, (top, left) in enumerate([(6, 6), (6, 124), (138, 6), (138, 124)]):
         shown = sheet[top : top + side : 7, left : left + side : 7]
         assert np.array_equal(shown, pixels[index]), index
-    later = np.asarray(draw_contact_sheet(config, count=4, epoch=1))
+    later = np.asarray(draw_contact_sheet(config, count=4, epoch=1)[0])
     assert not np.array_equal(later, sheet)
 
 
