@@ -112,7 +112,11 @@ def _class_names(folder: Path, file: Path | None) -> list[str] | None:
     if file is not None:
         if not file.is_file():
             raise DataError(f"{file} is no file of class names")
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is no text in UTF-8: it holds no class names") from error
+        return [line.strip() for line in lines if line.strip()]
     names = known_classes(folder)
     return None if names is None else list(names)
 

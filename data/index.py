@@ -119,7 +119,7 @@ class Manifest:
         path = folder / MANIFEST
         try:
             return cls.parse(path.read_bytes(), str(folder))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{path} is missing{_instead(folder)}") from error
         except OSError as error:
             raise DataError(f"{path} is unreadable ({error!r}); {rebuild(folder)}") from error

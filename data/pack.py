@@ -141,6 +141,10 @@ def pack_folder(
     splits = [split for split in SPLITS if (folder / split).is_dir()]
     jobs = [(folder / split, out / split) for split in splits] or [(folder, out)]
     for place, target in jobs:
+        if target.resolve().is_relative_to(place.resolve()):
+            raise DataError(
+                f"{target} is within {place}, of which it would be a part; name another"
+            )
         source = TarSource(place) if (place / MANIFEST).is_file() else FolderSource(place)
         pack(
             source,

@@ -29,6 +29,8 @@ _LABEL_SUFFIXES = ("cls", "json", "txt")  # the first of them that has a label g
 _LABEL_FIELDS = ("cls", "label")
 _NUMBER_BYTES = 64  # a longer text is a caption
 _HEADS = (4096, 1 << 16)  # bytes of an image that are read for its header, first and then
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_MAGIC_BYTES = 5  # the longest of them
 _BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at a time of what follows the end
 _MAX_LINKS = 40  # in a row, as Linux follows them
@@ -51,6 +53,11 @@ def scan_tar(
                 scan.visit(member)
             _check_end(file, name, archive.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
+        file.seek(0)
+        if file.read(_MAGIC_BYTES).startswith(_COMPRESSED):
+            raise DataError(
+                f"{name} is compressed; uncompress it: shards are plain tars"
+            ) from error
         raise DataError(f"{name} is not a whole tar archive ({error}); {_REWRITE}") from error
     return scan.columns()
 

@@ -27,6 +27,7 @@ from .inputs import make_mixer, make_pipeline
 from .task import classification
 
 _BATCH = 32
+_WAITING = 0.5  # cores at work, below which threads that read are waiting for what they read
 _MODEL_STEPS = 3  # the first of which warms up
 
 
@@ -62,7 +63,8 @@ class Diagnosis:
         prepared = self.core_rate * min(self.cores, self.num_workers)
         if self.model_rate <= min(prepared, self.read_rate):
             return "model"
-        if self.read_rate < prepared:
+        cores_reading = self.read_rate * self.read_ms / 1000
+        if self.read_rate < prepared and cores_reading < _WAITING:
             return "storage"
         costs = {"read": self.read_ms, "decode": self.decode_ms, "augment": self.augment_ms}
         return max(costs, key=lambda stage: costs[stage])
@@ -71,10 +73,10 @@ class Diagnosis:
         """One line: the bottleneck and the cores per device."""
         return (
             f"{self.bottleneck}-bound: a device that takes {self.model_rate:,.0f} images/s needs "
-            f"{self.cores_needed:.1f} cores, and has {self.cores:g} with {self.num_workers} "
-            f"threads; an image costs {self.read_ms:.2f} ms to read, {self.decode_ms:.2f} to "
-            f"decode and {self.augment_ms:.2f} to augment, and {self.read_rate:,.0f} are read per "
-            "second"
+            f"{max(0.1, self.cores_needed):.1f} cores, and has {self.cores:g} with "
+            f"{self.num_workers} threads; an image costs {self.read_ms:.2f} ms to read, "
+            f"{self.decode_ms:.2f} to decode and {self.augment_ms:.2f} to augment, and "
+            f"{self.read_rate:,.0f} are read per second"
         )
 
 

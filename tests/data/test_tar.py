@@ -308,3 +308,12 @@ def test_a_long_name_is_shown_whole(tmp_path):
         add(archive, f"{name}.cls", b"1")
     build(tmp_path, progress=lambda _: None)
     assert TarSource(tmp_path).name(0) == f"{tmp_path}/a.tar:{name}.jpg (sample 0)"
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_tar_is_said_to_be_one(mode):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        add(archive, "x.jpg", JPEG)
+    with pytest.raises(DataError, match=r"a\.tar is compressed; uncompress it"):
+        scan(file, "a.tar")
