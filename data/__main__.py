@@ -14,6 +14,7 @@ from pathlib import Path
 from data.base import DataError
 from data.betonpack import IMAGE_MODES
 from data.build import build
+from data.columns import room_for
 from data.fetch import fetch_cifar10
 from data.index import known_classes, verify
 from data.pack import FORMATS, pack_folder
@@ -51,14 +52,16 @@ def _run(options: argparse.Namespace) -> None:
                 workers=options.workers,
             )
         case "index":
-            build(
-                options.location,
-                out=options.out,
-                classes=_class_names(options.out or Path(options.location), options.classes),
-                label_field=options.label_field,
-                headers_only=options.headers_only,
-                workers=options.workers,
-            )
+            folder = options.out or Path(options.location)
+            with room_for(folder):
+                build(
+                    options.location,
+                    out=options.out,
+                    classes=_class_names(folder, options.classes),
+                    label_field=options.label_field,
+                    headers_only=options.headers_only,
+                    workers=options.workers,
+                )
         case "verify":
             manifest = verify(options.folder, workers=options.workers)
             print(f"{manifest.num_samples} samples, fingerprint {manifest.fingerprint}")

@@ -7,11 +7,12 @@ made from another shard or with other settings is told from a good one without a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntFlag
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+@contextmanager
+def room_for(place: Path) -> Iterator[None]:
+    """Raise DataError where the disk of `place` is full, or a quota used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"there is no space left for {place} ({error.strerror}); free some and run this again"
+        ) from error
 
 
 def _parse_header(content: bytes) -> Any:

@@ -11,7 +11,6 @@ whether the process that left a folder behind is gone.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from data.base import DataError, Source
 from data.betonpack import IMAGE_MODES, join_parts, write_part
 from data.build import build
-from data.columns import write_atomically
+from data.columns import room_for, write_atomically
 from data.decode import IMAGE_SUFFIXES, PNG_MAGIC, Damaged, open_image
 from data.folder import FolderSource, encode_png
 from data.index import MANIFEST, Manifest, Origin, check_shard, say_damaged
@@ -230,7 +229,7 @@ def _pack_beside(
 ) -> Manifest:
     """Write shards, index and manifest into `folder`, beside `out`."""
     source = settings.source
-    try:
+    with room_for(out):
         target = folder / f"{out.name}.beton"
         if not target.is_file():  # which has all of them in it
             _write_all(settings, folder, out, workers, progress)
@@ -251,12 +250,6 @@ def _pack_beside(
             workers=workers,
             progress=lambda _: None,
         )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"there is no space left for {out} ({error.strerror}); free some and run this again"
-        ) from error
 
 
 def _write_all(settings: _Settings, folder: Path, out: Path, workers: int, progress: Say) -> None:
@@ -329,7 +322,8 @@ def _claim_folder(out: Path, recipe: dict[str, Any]) -> Path:
     beside.mkdir(exist_ok=True)
     for torn in beside.glob("*.part*"):
         torn.unlink()
-    write_atomically(beside / RECIPE, json.dumps(recipe).encode())
+    with room_for(out):
+        write_atomically(beside / RECIPE, json.dumps(recipe).encode())
     return beside
 
 

@@ -1,5 +1,7 @@
 """The data commands as a user runs them: what they print, and how they fail."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -145,3 +147,17 @@ def test_class_names_in_no_text_are_refused(images, tmp_path, capsys):
     picture.write_bytes(b"\xff" + picture.read_bytes())
     assert main(["index", str(out), "--classes", str(picture)]) == 2
     assert "is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_while_indexing(images, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shards"
+    assert main(["pack", str(images), "--out", str(out)]) == 0
+    next(out.glob("*.idx")).unlink()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["index", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: there is no space left for {out} (No space left on device)")
