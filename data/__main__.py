@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}; free or choose another place", file=sys.stderr)
+        print(
+            f"error: {error}; make room or give access there, or choose another place",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130  # as shells report it

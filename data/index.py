@@ -240,9 +240,13 @@ def check_shard(folder: Path, shard: ShardInfo) -> Columns:
 def check_index(folder: Path, shard: ShardInfo) -> Columns:
     """Check a shard's index in `folder`, and return its columns; raises DataError naming it."""
     index = folder / index_name(shard)
-    if not index.is_file():
-        raise DataError(f"{index} is missing; {rebuild(folder)}")
-    return read_columns(index.read_bytes(), shard, str(folder))
+    try:
+        content = index.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{index} is missing; {rebuild(folder)}") from error
+    except OSError as error:
+        raise DataError(f"{index} cannot be read ({error.strerror}); make it readable") from error
+    return read_columns(content, shard, str(folder))
 
 
 def read_columns(content: bytes, shard: ShardInfo, folder: str) -> Columns:
