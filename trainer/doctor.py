@@ -94,6 +94,7 @@ def diagnose(config: RunConfig, *, num_images: int, model_rate: float | None) ->
         pipeline.source, pipeline.ids(epoch, positions).tolist(), num_workers
     )
     plain = replace(augment, auto_augment=None)
+    _render_ms(augment, samples[:1])  # libraries and tables come up
     decode_ms = _render_ms(plain, samples)
     augment_ms = max(0.0, _render_ms(augment, samples) - decode_ms) if plain != augment else 0.0
     return Diagnosis(
