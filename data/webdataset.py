@@ -101,7 +101,8 @@ class TarSource:
 
     def prefetch(self, ids: Sequence[int]) -> None:
         """See `Source`."""
-        self._store.prefetch(self._place(*self._locate(id)) for id in ids)
+        wanted = (place for place in map(self._locate, ids) if not self._is_damaged(*place))
+        self._store.prefetch(self._place(*place) for place in wanted)
 
     def close(self) -> None:
         """End downloads that were begun ahead of reading."""
@@ -114,7 +115,7 @@ class TarSource:
         first.
         """
         shard, row = self._locate(id)
-        if int(self._columns[shard]["flags"][row]) & Flag.CORRUPT:
+        if self._is_damaged(shard, row):
             raise BadSample(
                 f"{self.name(id)} was damaged before it was indexed; replace the image, and run "
                 f"`foveate data index {self._location}`"
@@ -179,6 +180,9 @@ class TarSource:
         """Return the shard's index and the row in it."""
         shard = int(np.searchsorted(self._ends, id, side="right"))
         return shard, id - int(self._ends[shard] - self._shards[shard].num_samples)
+
+    def _is_damaged(self, shard: int, row: int) -> bool:
+        return bool(int(self._columns[shard]["flags"][row]) & Flag.CORRUPT)
 
     def _place(self, shard: int, row: int) -> Place:
         columns = self._columns[shard]

@@ -17,6 +17,7 @@ from data.index import known_classes, verify
 from data.ledger import settle
 from data.pack import pack
 from data.pipeline import ImagePipeline
+from data.store import LocalStore
 from data.webdataset import TarSource
 from tests.data.pictures import as_samples, encode, photograph
 from tests.data.test_tar import archive_of, sample
@@ -125,6 +126,15 @@ def test_a_damaged_sample_is_never_read(shards):
     with pytest.raises(BadSample, match=r"1\.tar:14\.jpg \(sample 14\) was damaged"):
         source.read(14)
     assert source.read(4).label == 0
+
+
+def test_what_is_not_read_is_not_fetched_either(shards, monkeypatch):
+    asked = []
+    monkeypatch.setattr(LocalStore, "prefetch", lambda store, places: asked.extend(places))
+    source = TarSource(shards)
+    source.prefetch(range(20))
+    assert len(asked) == 18
+    assert all(num_bytes > 0 for _, _, num_bytes in asked)
 
 
 def test_any_number_of_ranks_replaces_the_same_ones(shards):
