@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import jpeg
 from data.augment import AugmentSpec
@@ -78,6 +80,16 @@ def test_indexing_tells_damaged_images_from_whole_ones(decoder):
     assert [name for name, image in WHOLE.items() if flags_of(image) & Flag.CORRUPT] == []
     found = {name for name, image in DAMAGED.items() if flags_of(image) & Flag.CORRUPT}
     assert found == (BY_PILLOW if decoder == "pillow" else set(DAMAGED))
+
+
+@pytest.mark.parametrize("name", ["jpeg", "progressive", "cmyk", "restarts", "thumbnail"])
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_file_cut_anywhere_is_known_to_be_damaged(name, data):
+    image, padding = WHOLE[name], data.draw(st.sampled_from([b"", bytes(9), b"\xff" * 9, b"\n"]))
+    cut = image[: data.draw(st.integers(3, len(image) - 1))]
+    assert flags_of(cut + padding) & Flag.CORRUPT
+    assert not flags_of(image + padding) & Flag.CORRUPT
 
 
 def test_an_image_without_its_end_is_refused_wherever_the_crop_falls(decoder, tmp_path):
