@@ -33,7 +33,7 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _READERS = ((JPEG_MAGIC, JpegImagePlugin.JpegImageFile), (PNG_MAGIC, PngImagePlugin.PngImageFile))
 _JPEG_END = b"\xff\xd9"
-_JPEG_SCAN = 0xDA  # the marker before the first pixels
+_JPEG_SCAN = b"\xda"  # of the marker before the first pixels
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises
 
 
@@ -132,8 +132,9 @@ def check_whole(image: bytes) -> None:
 def _find_scan(image: bytes) -> int:
     """Return where a JPEG file's header ends: before its pixels, or where it makes no sense."""
     at = 2
-    while image[at : at + 1] == b"\xff" and image[at + 1 : at + 2] != bytes([_JPEG_SCAN]):
-        at += 2 + int.from_bytes(image[at + 2 : at + 4], "big")
+    while image[at : at + 1] == b"\xff" and image[at + 1 : at + 2] != _JPEG_SCAN:
+        is_fill = image[at + 1 : at + 2] == b"\xff"
+        at += 1 if is_fill else 2 + int.from_bytes(image[at + 2 : at + 4], "big")
     return at
 
 

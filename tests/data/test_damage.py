@@ -42,6 +42,7 @@ WHOLE = {
     "padded": JPEG + bytes(1000),
     "followed": JPEG + b"a video follows" * 9,
     "thumbnail": JPEG[:2] + EXIF + JPEG[2:],
+    "fill bytes": JPEG[:2] + b"\xff\xff" + JPEG[2:] + bytes(9),
     "bytes too many": JPEG[:-2] + bytes(3) + JPEG[-2:],
 }
 DAMAGED = {
