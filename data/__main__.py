@@ -14,8 +14,9 @@ from pathlib import Path
 from data.base import DataError
 from data.betonpack import IMAGE_MODES
 from data.build import build
+from data.columns import room_for
 from data.fetch import fetch_cifar10
-from data.index import MANIFEST, Manifest, verify
+from data.index import known_classes, verify
 from data.pack import FORMATS, pack_folder
 from data.parallel import num_cores
 
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}; free or choose another place", file=sys.stderr)
+        print(
+            f"error: {error}; make room or give access there, or choose another place",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130  # as shells report it
@@ -51,14 +55,16 @@ def _run(options: argparse.Namespace) -> None:
                 workers=options.workers,
             )
         case "index":
-            build(
-                options.location,
-                out=options.out,
-                classes=_class_names(options.out or Path(options.location), options.classes),
-                label_field=options.label_field,
-                headers_only=options.headers_only,
-                workers=options.workers,
-            )
+            folder = options.out or Path(options.location)
+            with room_for(folder):
+                build(
+                    options.location,
+                    out=options.out,
+                    classes=_class_names(folder, options.classes),
+                    label_field=options.label_field,
+                    headers_only=options.headers_only,
+                    workers=options.workers,
+                )
         case "verify":
             manifest = verify(options.folder, workers=options.workers)
             print(f"{manifest.num_samples} samples, fingerprint {manifest.fingerprint}")
@@ -120,13 +126,13 @@ def _class_names(folder: Path, file: Path | None) -> list[str] | None:
     if file is not None:
         if not file.is_file():
             raise DataError(f"{file} is no file of class names")
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
-        return list(Manifest.load(folder).classes)
-    except DataError:  # an unreadable manifest is what `index` is run to replace
-        return None
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is no text in UTF-8: it holds no class names") from error
+        return [line.strip() for line in lines if line.strip()]
+    names = known_classes(folder)
+    return None if names is None else list(names)
 
 
 if __name__ == "__main__":

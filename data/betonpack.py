@@ -18,6 +18,7 @@ from data.base import BadSample, DataError, Sample, Source
 from data.beton import BetonWriter
 from data.columns import Flag, describe
 from data.decode import decode_whole
+from data.webdataset import read_stored
 
 IMAGE_MODES = ("jpg", "raw", "mixed")
 # Bytes of pixels up to which `mixed` stores them: Linux reads that much ahead at once, so that they
@@ -33,7 +34,7 @@ def write_part(file: IO[bytes], source: Source, ids: NDArray[np.int64], image_mo
     """Write the samples `ids` int64 [n]; raises DataError naming one that cannot be read."""
     table = np.zeros(len(ids), _ROW)
     for row, id in enumerate(ids.tolist()):
-        sample = source.read(id)
+        sample = read_stored(source, id)
         try:
             content, (width, height), raw = _encode(sample, image_mode)
         except DataError as error:
@@ -61,15 +62,19 @@ def join_parts(parts: Sequence[Path], target: Path) -> None:
 def _encode(sample: Sample, image_mode: str) -> tuple[bytes, tuple[int, int], bool]:
     """Return what is stored of an image: bytes, width and height, and whether they are pixels.
 
-    JPEG files stay as they are, but those of four colours, which FFCV's decoder does not know.
+    JPEG files stay as they are, damaged ones too, but those of four colours, which FFCV's decoder
+    does not know. Raises DataError for damaged ones of which pixels are needed.
     """
     image = sample.image
     if isinstance(image, bytes):
         width, height, flags = describe(image, whole=True)
         is_jpeg = not flags & (Flag.NOT_JPEG | Flag.CMYK)
-        few = 3 * width * height <= RAW_BYTES
+        is_damaged = bool(flags & Flag.CORRUPT)
+        few = 3 * width * height <= RAW_BYTES and not is_damaged
         if is_jpeg and (image_mode == "jpg" or (image_mode == "mixed" and not few)):
             return image, (width, height), False
+        if is_damaged:
+            raise DataError("is damaged: there are no pixels to store; replace the file")
     pixels = decode_whole(image)
     return pixels.tobytes(), (pixels.shape[1], pixels.shape[0]), True
 

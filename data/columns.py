@@ -7,11 +7,12 @@ made from another shard or with other settings is told from a good one without a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntFlag
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base import DataError
-from data.decode import open_image
+from data.decode import PNG_MAGIC, Damaged, open_image
+from data.jpeg import check
 
-INDEX_FORMAT = 2  # of the `.idx` files and of the manifest that lists them
+INDEX_FORMAT = 3  # of the `.idx` files and of the manifest that lists them
 _MAGIC = b"FOVEAIDX"
 _HEADER = np.dtype(
     [
@@ -53,6 +55,8 @@ class Flag(IntFlag):
 
     RAW ones are pixels uint8 [height, width, 3], of NO_CRC ones nobody has looked at all the bytes.
     ROTATED means an EXIF orientation that asks viewers to turn the image, which decoding ignores.
+    CORRUPT ones were cut off or damaged before they were indexed; where not even the size could be
+    read, it is 0 × 0.
     """
 
     PROGRESSIVE = 1
@@ -62,6 +66,7 @@ class Flag(IntFlag):
     NOT_JPEG = 16
     RAW = 32
     NO_CRC = 64
+    CORRUPT = 128
 
 
 class Torn(DataError):
@@ -71,13 +76,16 @@ class Torn(DataError):
 def describe(content: bytes, *, whole: bool) -> tuple[int, int, Flag]:
     """Return an image's width, height and flags, from all of its bytes or its beginning.
 
-    Raises DataError if it is no JPEG or PNG file, Torn if the beginning ends too early to tell.
+    All bytes are read to the end of the image. Raises DataError if it is no JPEG or PNG file or too
+    large, Torn if the beginning ends too early to tell.
     """
     try:
         picture = open_image(content)
-    except DataError as error:
-        raise error if whole else Torn(str(error)) from error
-    flags = Flag(0)
+    except Damaged as error:
+        if not whole:
+            raise Torn(str(error)) from error
+        return 0, 0, Flag.CORRUPT | (Flag.NOT_JPEG if content.startswith(PNG_MAGIC) else Flag(0))
+    flags = Flag.CORRUPT if whole and _is_damaged(content) else Flag(0)
     if picture.format != "JPEG":
         flags |= Flag.NOT_JPEG
     if "progressive" in picture.info:
@@ -93,6 +101,14 @@ def describe(content: bytes, *, whole: bool) -> tuple[int, int, Flag]:
     return *picture.size, flags
 
 
+def _is_damaged(content: bytes) -> bool:
+    try:
+        check(content)
+    except Damaged:
+        return True
+    return False
+
+
 def to_columns(rows: Sequence[dict[str, int]]) -> Columns:
     """Return the index columns of samples that each name all of them."""
     return {name: np.array([row[name] for row in rows], dtype) for name, dtype in _COLUMNS}
@@ -100,7 +116,8 @@ def to_columns(rows: Sequence[dict[str, int]]) -> Columns:
 
 def hash_key(key: str) -> int:
     """Return the 64-bit hash of a sample's name."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    name = key.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
 
 
 def pack_index(columns: Columns, *, num_bytes: int, made_from: str) -> bytes:
@@ -145,6 +162,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+@contextmanager
+def room_for(place: Path) -> Iterator[None]:
+    """Raise DataError where the disk of `place` is full, or a quota used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"there is no space left for {place} ({error.strerror}); free some and run this again"
+        ) from error
 
 
 def _parse_header(content: bytes) -> Any:

@@ -11,6 +11,7 @@ this.
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,10 +30,15 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 _MAX_PIXELS = 1 << 28
 _MAX_SIDE = 65_535  # the most that JPEG knows, and an index has room for
 JPEG_MAGIC = b"\xff\xd8\xff"
-_READERS = (
-    (JPEG_MAGIC, JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-)
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_READERS = ((JPEG_MAGIC, JpegImagePlugin.JpegImageFile), (PNG_MAGIC, PngImagePlugin.PngImageFile))
+_JPEG_END = b"\xff\xd9"
+_JPEG_SCAN = b"\xda"  # of the marker before the first pixels
+_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises
+
+
+class Damaged(DataError):
+    """A JPEG or PNG file that is cut off or altered, or empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +61,20 @@ class Geometry:
 
 
 def open_image(image: bytes | NDArray[np.uint8]) -> Image.Image:
-    """Return the image undecoded, its `.size` known; raises DataError if it is of neither kind.
+    """Return the image undecoded, its `.size` known.
 
-    Pixels uint8 [H, W, 3] are an image too.
+    Pixels uint8 [H, W, 3] are an image too. Raises DataError if it is of neither kind or too
+    large, Damaged if its header cannot be read.
     """
     if not isinstance(image, bytes):
         return Image.fromarray(image)
     for magic, reader in _READERS:
         if image.startswith(magic):
             return _checked(reader, image)
+    if not image:
+        raise Damaged("is empty; replace or remove the file")
     raise DataError(
-        f"is neither JPEG nor PNG: {len(image)} bytes beginning {image[:8].hex(' ') or 'nowhere'}; "
+        f"is neither JPEG nor PNG: {len(image)} bytes beginning {image[:8].hex(' ')}; "
         "replace or remove the file"
     )
 
@@ -76,7 +85,7 @@ def decode(
     """Decode `image`, a file's bytes or pixels, to RGB pixels uint8 [H, W, 3].
 
     `geometry` maps the image's (width, height) to what is cut out and how it is resized. Raises
-    DataError if the bytes are no JPEG or PNG file, truncated, or corrupt.
+    DataError if the bytes are no JPEG or PNG file, Damaged if they are cut off or altered.
     """
     picture = open_image(image)
     plan = geometry(*picture.size)
@@ -95,21 +104,59 @@ def decode_whole(image: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(_load(open_image(image)))
 
 
+def check_end(image: bytes) -> None:
+    """Raise Damaged for a JPEG file without its end marker: it was cut off.
+
+    Parts of such a one can still be decoded, and which of them are asked for differs.
+    """
+    if not image.startswith(JPEG_MAGIC) or image.endswith(_JPEG_END):
+        return
+    # Behind the end there may be padding and more, before the pixels an ended thumbnail.
+    if image.rfind(_JPEG_END) < _find_scan(image):
+        raise Damaged("is cut off: its end marker is missing; replace the file")
+
+
+def check_whole(image: bytes) -> None:
+    """Raise Damaged for a JPEG or PNG file that Pillow cannot read to its end."""
+    check_end(image)
+    picture = open_image(image)
+    if picture.format == "JPEG":
+        _load(picture)
+        return
+    try:
+        picture.verify()
+    except _FAULTS as error:
+        raise _damaged(error) from error
+
+
+def _find_scan(image: bytes) -> int:
+    """Return where a JPEG file's header ends: before its pixels, or where it makes no sense."""
+    at = 2
+    while image[at : at + 1] == b"\xff" and image[at + 1 : at + 2] != _JPEG_SCAN:
+        is_fill = image[at + 1 : at + 2] == b"\xff"
+        at += 1 if is_fill else 2 + int.from_bytes(image[at + 2 : at + 4], "big")
+    return at
+
+
 def _load(picture: Image.Image) -> Image.Image:
     try:
         picture.load()
         return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"cannot be decoded ({error}); replace the file") from error
+    except _FAULTS as error:
+        raise _damaged(error) from error
 
 
 def _checked(reader: Callable[[io.BytesIO], Image.Image], image: bytes) -> Image.Image:
     try:
         picture = reader(io.BytesIO(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"cannot be decoded ({error}); replace the file") from error
+    except _FAULTS as error:
+        raise _damaged(error) from error
     check_size(*picture.size)
     return picture
+
+
+def _damaged(error: Exception) -> Damaged:
+    return Damaged(f"cannot be decoded ({error}); replace the file")
 
 
 def check_size(width: int, height: int) -> None:

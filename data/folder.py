@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,24 +40,32 @@ class _AtHand(Sized):
 class FolderSource(_AtHand):
     """The `Source` over `folder`/CLASS/**/IMAGE, as ImageNet is laid out.
 
-    Classes and files are in the order of their names. The fingerprint covers names and sizes,
-    not contents: pack the folder into shards for that. Raises DataError if there are no images.
+    Classes and files are in the order of their names, hidden ones left out. The fingerprint covers
+    names and sizes, not contents: pack the folder into shards for that. Raises DataError if there
+    are no images, or a folder cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise DataError(f"{self._folder} is no folder; name one that holds a folder per class")
-        entries = sorted(path for path in self._folder.iterdir() if path.is_dir())
+        try:
+            entries = sorted(path for path in self._folder.iterdir() if _is_class(path))
+        except OSError as error:
+            raise _unreadable(error) from error
         self.classes = tuple(path.name for path in entries)
         self._files: list[Path] = []
         labels: list[int] = []
         for label, entry in enumerate(entries):
-            found = sorted(path for path in entry.rglob("*") if _is_image(path))
+            found = _images_below(entry)
             self._files += found
             labels += [label] * len(found)
         if not self._files:
-            raise DataError(f"{self._folder} holds no CLASS/*.jpg or *.png; name another folder")
+            raise DataError(
+                f"{self._folder} holds no CLASS/*.jpg or *.png; name another folder, sort its "
+                "images into one folder per class, or index it if it holds shards: `foveate data "
+                "index`"
+            )
         self.labels: NDArray[np.int64] = np.array(labels, np.int64)
 
     @cached_property
@@ -164,6 +173,29 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder and its folders, in the order of their paths."""
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error) from error
+
+    files = (
+        Path(place, name)
+        for place, _, names in os.walk(folder, onerror=fail)
+        for name in names
+        if not name.startswith(".")
+    )
+    return sorted(path for path in files if _is_image(path))
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
 
 
 def _is_image(path: Path) -> bool:

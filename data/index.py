@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base import DataError
-from data.columns import INDEX_FORMAT, Columns, parse_index
+from data.columns import INDEX_FORMAT, Columns, Flag, parse_index
 from data.location import Location
 from data.parallel import check_workers
 from data.progress import Say, counting
 from data.regions import belongs
+from data.tar import member_name
 
 MANIFEST = "manifest.json"
 UNCHECKED = (
@@ -34,6 +36,7 @@ UNCHECKED = (
     "so that damage and changes are not noticed unless an image fails to decode"
 )
 _BLOCK = 1 << 22  # bytes hashed at a time
+_HEADER_BYTES = 512  # of a tar's member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +119,8 @@ class Manifest:
         path = folder / MANIFEST
         try:
             return cls.parse(path.read_bytes(), str(folder))
-        except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; {rebuild(folder)}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{path} is missing{_instead(folder)}") from error
         except OSError as error:
             raise DataError(f"{path} is unreadable ({error!r}); {rebuild(folder)}") from error
 
@@ -161,6 +164,14 @@ class Manifest:
         return fields | {"classes": self.classes}
 
 
+def known_classes(folder: Path) -> tuple[str, ...] | None:
+    """Return the class names in the manifest of a folder, whatever its format, if it has any."""
+    try:
+        return tuple(map(str, json.loads((folder / MANIFEST).read_bytes())["classes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def verify(folder: Path, *, workers: int = 1, progress: Say = print) -> Manifest:
     """Hash every shard; raises one DataError that lists all that differ from the manifest."""
     check_workers(workers)
@@ -179,7 +190,39 @@ def verify(folder: Path, *, workers: int = 1, progress: Say = print) -> Manifest
         raise DataError("; ".join(problems))
     if any(shard.sha256 is None for shard in manifest.shards):
         progress(UNCHECKED)
+    say_damaged(folder, manifest, progress)
     return manifest
+
+
+def say_damaged(folder: Path, manifest: Manifest, say: Say) -> None:
+    """Name the images that were damaged when they were indexed, and say how many they are."""
+    location, count = manifest.location(folder), 0
+    for shard in manifest.shards:
+        columns = check_index(folder, shard)
+        rows = np.flatnonzero(columns["flags"] & Flag.CORRUPT).tolist()
+        count += len(rows)
+        if rows:
+            with location.opened(shard.name, read_ahead=_HEADER_BYTES) as file:
+                for row in rows:
+                    member = sample_name(shard, row, columns, partial(_read_at, file))
+                    say(f"damaged: {location.url}/{shard.name}:{member}")
+    if count:
+        say(
+            f"NOTE: {count} of {manifest.num_samples} images are damaged: runs use others in "
+            "their place; replace them and index again"
+        )
+
+
+def sample_name(
+    shard: ShardInfo, row: int, columns: Columns, read: Callable[[int, int], bytes]
+) -> str:
+    """Return the member that holds the image of a shard's `row`; in a .beton, its number.
+
+    `read` returns bytes of the shard, given where and how many.
+    """
+    if not shard.name.endswith(".tar"):
+        return str(row)
+    return member_name(read(int(columns["offset"][row]) - _HEADER_BYTES, _HEADER_BYTES))
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> Columns:
@@ -197,9 +240,13 @@ def check_shard(folder: Path, shard: ShardInfo) -> Columns:
 def check_index(folder: Path, shard: ShardInfo) -> Columns:
     """Check a shard's index in `folder`, and return its columns; raises DataError naming it."""
     index = folder / index_name(shard)
-    if not index.is_file():
-        raise DataError(f"{index} is missing; {rebuild(folder)}")
-    return read_columns(index.read_bytes(), shard, str(folder))
+    try:
+        content = index.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{index} is missing; {rebuild(folder)}") from error
+    except OSError as error:
+        raise DataError(f"{index} cannot be read ({error.strerror}); make it readable") from error
+    return read_columns(content, shard, str(folder))
 
 
 def read_columns(content: bytes, shard: ShardInfo, folder: str) -> Columns:
@@ -238,6 +285,20 @@ def hash_stream(file: IO[bytes]) -> str:
 def rebuild(folder: Path | str) -> str:
     """Return what to run where an index does not fit."""
     return f"run `foveate data index {folder}`"
+
+
+def _instead(folder: Path) -> str:
+    """Return what to do where a folder has no manifest."""
+    if not folder.is_dir():
+        return f": there is no folder {folder}; name another"
+    if any(folder.glob("*/")):
+        return f"; {rebuild(folder)}, or pack it if it holds CLASS/IMAGE: `foveate data pack`"
+    return f"; {rebuild(folder)}"
+
+
+def _read_at(file: IO[bytes], offset: int, num_bytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(num_bytes)
 
 
 def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo) -> str | None:

@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.base import DataError, Sample
-from data.decode import JPEG_MAGIC, Geometry, check_size, decode, decode_whole, open_image
+from data.decode import (
+    JPEG_MAGIC,
+    Damaged,
+    Geometry,
+    check_end,
+    check_size,
+    check_whole,
+    decode,
+    decode_whole,
+    open_image,
+)
 
 try:
     from data import _native
@@ -72,6 +82,21 @@ def decode_all(
     return failures
 
 
+def check(image: bytes) -> None:
+    """Raise Damaged for a JPEG or PNG file that is cut off or altered anywhere.
+
+    What is altered and can be decoded all the same goes unnoticed: a JPEG file has no checksum.
+    """
+    if not image.startswith(JPEG_MAGIC) or not works():
+        check_whole(image)
+        return
+    check_end(image)
+    try:
+        _native.check(image)
+    except ValueError as error:
+        raise Damaged(f"cannot be decoded ({error}); replace the file") from error
+
+
 def build_regions(image: bytes) -> bytes | None:
     """Return an index with which parts of a JPEG file can be decoded without the others.
 
@@ -109,6 +134,7 @@ def _size(image: bytes | Pixels) -> tuple[tuple[int, int], bool]:
     """Return width and height, and whether the extension may decode, or resize, the image."""
     if not isinstance(image, bytes):
         return (image.shape[1], image.shape[0]), works()
+    check_end(image)
     if image.startswith(JPEG_MAGIC) and works():
         with suppress(ValueError):  # Pillow has the last word
             size = _native.size(image)

@@ -11,7 +11,6 @@ whether the process that left a folder behind is gone.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
@@ -30,18 +29,19 @@ from numpy.typing import NDArray
 from data.base import DataError, Source
 from data.betonpack import IMAGE_MODES, join_parts, write_part
 from data.build import build
-from data.columns import write_atomically
-from data.decode import open_image
+from data.columns import room_for, write_atomically
+from data.decode import IMAGE_SUFFIXES, PNG_MAGIC, Damaged, open_image
 from data.folder import FolderSource, encode_png
-from data.index import MANIFEST, Manifest, Origin, check_shard
+from data.index import MANIFEST, Manifest, Origin, check_shard, say_damaged
 from data.order import FullShuffle
 from data.parallel import run_all
 from data.progress import Say, counting
-from data.webdataset import TarSource
+from data.webdataset import TarSource, read_stored
 
 RECIPE = "pack.json"  # what the shards were packed from: tells a finished job from another one
 SPLITS = ("train", "val")
 FORMATS = ("tar", "beton")
+_OWN_SUFFIXES = ("", "cls", *IMAGE_SUFFIXES)  # of a tar's members, those that packing writes anew
 _PART_SUFFIX = ".samples"  # of what a .beton is joined from
 
 
@@ -84,6 +84,11 @@ class _Settings:
         """Whether samples stay in the order of an indexed set, that runs may change to this one."""
         return self.format == "beton" and isinstance(self.source, TarSource)
 
+    @property
+    def keeps_names(self) -> bool:
+        """Whether samples go from tar to tar under their own names."""
+        return self.format == "tar" and isinstance(self.source, TarSource) and self.source.has_names
+
     def jobs(self) -> list[_Job]:
         """Return the files to write, in order."""
         ids = np.arange(len(self.source))
@@ -91,20 +96,29 @@ class _Settings:
             ids = FullShuffle(num_samples=len(ids), seed=self.seed).ids(0, ids)
         parts = np.array_split(ids, -(-len(ids) // self.samples_per_shard))
         suffix = ".tar" if self.format == "tar" else _PART_SUFFIX
-        firsts = np.cumsum([0, *map(len, parts)]).tolist()
+        firsts, keeps_names = np.cumsum([0, *map(len, parts)]).tolist(), self.keeps_names
         return [
-            _Job(name=f"{self.name}-{number:06d}{suffix}", ids=part, first=firsts[number])
+            _Job(
+                name=f"{self.name}-{number:06d}{suffix}",
+                ids=part,
+                first=firsts[number],
+                keeps_names=keeps_names,
+            )
             for number, part in enumerate(parts)
         ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
-    """A file to write: the samples `ids`, int64 [n], the first of which is number `first`."""
+    """A file to write: the samples `ids`, int64 [n], the first of which is number `first`.
+
+    With `keeps_names` a tar's samples have those of the source, else their numbers.
+    """
 
     name: str
     ids: NDArray[np.int64]
     first: int
+    keeps_names: bool
 
 
 def pack_folder(
@@ -126,6 +140,10 @@ def pack_folder(
     splits = [split for split in SPLITS if (folder / split).is_dir()]
     jobs = [(folder / split, out / split) for split in splits] or [(folder, out)]
     for place, target in jobs:
+        if target.resolve().is_relative_to(place.resolve()):
+            raise DataError(
+                f"{target} is within {place}, of which it would be a part; name another"
+            )
         source = TarSource(place) if (place / MANIFEST).is_file() else FolderSource(place)
         pack(
             source,
@@ -187,8 +205,23 @@ def pack(
             return _accept(out, settings.recipe, progress)  # another process was faster
     finally:
         _leave(beside, progress)
+    say_damaged(out, manifest, progress)
+    _say_what_stays_behind(settings, progress)
     progress(f"packed {len(source)} samples into {len(manifest.shards)} shards: {out / MANIFEST}")
     return manifest
+
+
+def _say_what_stays_behind(settings: _Settings, progress: Say) -> None:
+    """Say what the samples of tars lose on their way."""
+    source = settings.source
+    if not isinstance(source, TarSource) or not source.is_tar:
+        return
+    if settings.format == "beton":
+        progress(
+            "NOTE: a .beton holds images and classes alone: names and other members stay behind"
+        )
+    elif not settings.keeps_names:
+        progress("NOTE: several samples have the same name, in different shards: all are numbered")
 
 
 def _pack_beside(
@@ -196,7 +229,7 @@ def _pack_beside(
 ) -> Manifest:
     """Write shards, index and manifest into `folder`, beside `out`."""
     source = settings.source
-    try:
+    with room_for(out):
         target = folder / f"{out.name}.beton"
         if not target.is_file():  # which has all of them in it
             _write_all(settings, folder, out, workers, progress)
@@ -217,12 +250,6 @@ def _pack_beside(
             workers=workers,
             progress=lambda _: None,
         )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"there is no space left for {out} ({error.strerror}); free some and run this again"
-        ) from error
 
 
 def _write_all(settings: _Settings, folder: Path, out: Path, workers: int, progress: Say) -> None:
@@ -258,14 +285,21 @@ def _write_file(shared: tuple[_Settings, Path], job: _Job) -> None:
 
 
 def _write_tar(file: IO[bytes], source: Source, job: _Job) -> None:
-    # A whole number for mtime: a fraction would cost a PAX header of 1 KB per member.
-    with webdataset.TarWriter(file, mtime=0) as writer:
+    # A whole number for mtime: a fraction would cost a PAX header of 1 KB per member. The encoder
+    # would compress what is compressed.
+    with webdataset.TarWriter(file, mtime=0, encoder=False, keep_meta=True) as writer:
         for position, id in enumerate(job.ids.tolist(), start=job.first):
-            sample = source.read(id)
+            sample = read_stored(source, id)
             image = sample.image if isinstance(sample.image, bytes) else encode_png(sample.image)
-            suffix = _suffix(image, source, id)
+            name, members = None, dict[str, bytes]()
+            if isinstance(source, TarSource) and source.is_tar:
+                name, members = source.read_members(id)
+            members = {key: value for key, value in members.items() if key not in _OWN_SUFFIXES}
+            members |= {_suffix(image, source, id): image, "cls": b"%d" % sample.label}
             key = f"{position:09d}"
-            writer.write({"__key__": key, suffix: image, "cls": sample.label})
+            if job.keeps_names:
+                key = name or f"link-{key}"
+            writer.write({"__key__": key, **members})
 
 
 def _claim_folder(out: Path, recipe: dict[str, Any]) -> Path:
@@ -288,7 +322,8 @@ def _claim_folder(out: Path, recipe: dict[str, Any]) -> Path:
     beside.mkdir(exist_ok=True)
     for torn in beside.glob("*.part*"):
         torn.unlink()
-    write_atomically(beside / RECIPE, json.dumps(recipe).encode())
+    with room_for(out):
+        write_atomically(beside / RECIPE, json.dumps(recipe).encode())
     return beside
 
 
@@ -301,11 +336,17 @@ def _leave(beside: Path, progress: Say) -> None:
 
 
 def _suffix(image: bytes, source: Source, id: int) -> str:
-    """Return png or jpg, by content; raises DataError naming the sample if it is neither."""
+    """Return png or jpg, by content; raises DataError naming the sample if it is neither.
+
+    A damaged image keeps its place: the index says that it is.
+    """
     try:
-        return "png" if open_image(image).format == "PNG" else "jpg"
+        open_image(image)
+    except Damaged:
+        pass
     except DataError as error:
         raise DataError(f"{source.name(id)} {error}") from error
+    return "png" if image.startswith(PNG_MAGIC) else "jpg"
 
 
 def _accept(out: Path, recipe: dict[str, Any], progress: Say) -> Manifest:

@@ -109,6 +109,10 @@ class ImagePipeline:
         """Number of optimizer steps in an epoch."""
         return self.schedule.steps_per_epoch
 
+    def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ids of the samples at `positions` of an epoch, same shape, int64."""
+        return self._order.ids(epoch, positions)
+
     def start(self) -> Cursor:
         """Return the cursor before the first sample of epoch 0."""
         return Cursor(

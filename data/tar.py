@@ -1,18 +1,22 @@
 """Scanning a tar shard: where its samples lie, what they are labelled, what their images are.
 
 Owns the reading of archives by GNU tar, PAX archivers, webdataset's writer and img2dataset,
-uncompressed. A sample is the members of one name up to the base name's first dot. Its label is
-that of `.cls`, a decimal number; else of the `.json`'s field `cls` or `label`; else of a `.txt`
-that holds a number. A field asked for by name is the only place looked at.
+uncompressed. A sample is the members of one name up to the base name's first dot; a link is the
+member that it leads to. Its label is that of `.cls`, a decimal number; else of the `.json`'s field
+`cls` or `label`; else of a `.txt` that holds a number. A field asked for by name is the only place
+looked at. Names are bytes, of any encoding: what is not UTF-8 is kept as surrogates.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import posixpath
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -25,7 +29,11 @@ _LABEL_SUFFIXES = ("cls", "json", "txt")  # the first of them that has a label g
 _LABEL_FIELDS = ("cls", "label")
 _NUMBER_BYTES = 64  # a longer text is a caption
 _HEADS = (4096, 1 << 16)  # bytes of an image that are read for its header, first and then
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_MAGIC_BYTES = 5  # the longest of them
 _BLOCK = 512
+_CHUNK = 1 << 20  # bytes read at a time of what follows the end
+_MAX_LINKS = 40  # in a row, as Linux follows them
 
 
 def scan_tar(
@@ -40,19 +48,59 @@ def scan_tar(
     file.seek(0)
     scan = _Scan(file, name, label_field=label_field, headers_only=headers_only)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in iter(archive.next, None):
+        with _open(file) as archive:
+            for member in _members(archive):
                 scan.visit(member)
-                vars(archive)["members"].clear()  # it would keep them all: 1 KB each
             _check_end(file, name, archive.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
+        file.seek(0)
+        if file.read(_MAGIC_BYTES).startswith(_COMPRESSED):
+            raise DataError(
+                f"{name} is compressed; uncompress it: shards are plain tars"
+            ) from error
         raise DataError(f"{name} is not a whole tar archive ({error}); {_REWRITE}") from error
     return scan.columns()
 
 
 def member_name(block: bytes) -> str:
-    """Return the name in the 512-byte tar header that precedes a member's data."""
-    return block[:100].split(b"\0")[0].decode(errors="replace")
+    """Return the name in the 512-byte tar header that precedes a member's data, for messages."""
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "replace").name
+    except tarfile.HeaderError:
+        return block[:100].split(b"\0")[0].decode(errors="replace")
+
+
+def sample_members(file: IO[bytes], key: int) -> tuple[str | None, dict[str, bytes]]:
+    """Return the name of a sample and, by suffix, its members in `file`, a part of a tar.
+
+    The part begins with a member's header and may end anywhere; `key` is the hash of the name,
+    which is None if the part holds nothing of it.
+    """
+    name, found = None, dict[str, bytes]()
+    with _open(file) as archive, suppress(tarfile.ReadError):  # the last member is cut off
+        for member in _members(archive):
+            if not member.isreg() or member.issparse() or _is_hidden(member):
+                continue
+            stem, suffix = _split_name(member.name)
+            if hash_key(stem) == key:
+                file.seek(member.offset_data)
+                name, found[suffix] = stem, file.read(member.size)
+    return name, found
+
+
+def _open(file: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield every member, up to the one that is cut off."""
+    for member in iter(archive.next, None):
+        vars(archive)["members"].clear()  # it would keep them all: 1 KB each
+        yield member
+
+
+def _is_hidden(member: tarfile.TarInfo) -> bool:
+    return PurePosixPath(member.name).name.startswith(".")
 
 
 class _Scan:
@@ -74,16 +122,16 @@ class _Scan:
 
     def visit(self, member: tarfile.TarInfo) -> None:
         """Take in one member."""
-        if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
+        if not (member.isreg() or member.issym() or member.islnk()) or _is_hidden(member):
             return
         key, suffix = _split_name(member.name)
         kind = "image" if suffix in IMAGE_SUFFIXES else suffix
         if (key, kind) in self._members:
             raise self._fault(f"sample {key!r} occurs twice ({member.name})")
         if kind == "image":
-            self._rows[key] = self._scan_image(key, member)
+            self._rows[key] = self._scan_image(key, self._file_of(member))
         elif suffix in self._label_suffixes:
-            self._scan_label(key, suffix, member)
+            self._scan_label(key, suffix, self._file_of(member))
         elif suffix.rpartition(".")[2] in ("cls", *IMAGE_SUFFIXES):
             self._dotted.add(key)  # a further picture of the sample, or a name with a dot
             return
@@ -104,9 +152,35 @@ class _Scan:
             raise self._unlabelled(min(unlabelled), len(unlabelled))
         return to_columns([{**row, "label": labels[key][1]} for key, row in rows.items()])
 
-    def _scan_image(self, key: str, member: tarfile.TarInfo) -> dict[str, int]:
-        if member.issparse():
+    def _file_of(self, member: tarfile.TarInfo) -> tarfile.TarInfo:
+        """Return the member that holds the bytes of this one, which may be a link."""
+        file = member
+        for _ in range(_MAX_LINKS):
+            if file.isreg():
+                break
+            # A hard link names the member as it is called, a symbolic one the way there.
+            folder = posixpath.dirname(file.name) if file.issym() else ""
+            path = posixpath.normpath(posixpath.join(folder, file.linkname))
+            if path not in self._by_path:
+                break
+            file = self._by_path[path]
+        if not file.isreg():
+            raise self._fault(
+                f"{member.name} is a link to {member.linkname!r}, which is no file in it (GNU "
+                "tar's --dereference stores files instead)"
+            )
+        if file.issparse():
             raise self._fault(f"{member.name} is stored with holes (GNU tar's --sparse)")
+        return file
+
+    @cached_property
+    def _by_path(self) -> dict[str, tarfile.TarInfo]:
+        """All members: read only where there are links, for they are 1 KB each."""
+        self._file.seek(0)
+        with _open(self._file) as archive:
+            return {posixpath.normpath(member.name): member for member in _members(archive)}
+
+    def _scan_image(self, key: str, member: tarfile.TarInfo) -> dict[str, int]:
         if member.size >= 1 << 32:
             raise self._fault(f"{member.name} has {member.size} bytes, more than an image has")
         crc32 = 0
@@ -197,7 +271,7 @@ class _Scan:
 
 def _split_name(name: str) -> tuple[str, str]:
     """Split at the base name's first dot, as webdataset does: `a/b.c.jpg` -> `a/b`, `c.jpg`."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
+    folder, slash, base = posixpath.normpath(name).rpartition("/")
     key, _, suffix = base.partition(".")
     return folder + slash + key, suffix.lower()
 
@@ -212,14 +286,22 @@ def _as_label(value: Any) -> int | None:
 
 
 def _check_end(file: IO[bytes], name: str, offset: int) -> None:
-    """A whole tar ends in two zero blocks, the first where its last member ends.
+    """A whole tar ends in two zero blocks or more, the first where its last member ends.
 
-    One cut between two members has none, and one with a damaged header has something else there.
+    One cut between two members has none, one with a damaged header has something else there, and
+    of two tars in one file the second begins later.
     """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2 * _BLOCK))
-    if any(file.read(2 * _BLOCK)):
-        raise DataError(f"{name} is truncated: its end mark is missing; {_REWRITE}")
     file.seek(offset)
-    if any(file.read(_BLOCK)):
+    first = file.read(2 * _BLOCK)
+    if any(first[:_BLOCK]):
         raise DataError(f"{name} is damaged: no member begins at byte {offset}; {_REWRITE}")
+    if len(first) < 2 * _BLOCK:
+        raise DataError(f"{name} is truncated: its end mark is missing; {_REWRITE}")
+    rest = first[_BLOCK:]
+    while rest:
+        if rest.strip(b"\0"):
+            raise DataError(
+                f"{name} goes on after its end, at byte {offset}: it is several tars in one file, "
+                f"or damaged; {_REWRITE}"
+            )
+        rest = file.read(_CHUNK)

@@ -8,16 +8,18 @@ never returned.
 from __future__ import annotations
 
 import hashlib
+import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.base import BadSample, DataError, Sample
+from data.base import BadSample, DataError, Sample, Source
 from data.cache import CachedStore
 from data.cachefolder import locked, unusable
 from data.columns import Columns, Flag, write_atomically
@@ -29,11 +31,12 @@ from data.index import (
     check_shard,
     index_name,
     read_columns,
+    sample_name,
 )
 from data.ranged import RangedStore
 from data.remote import Remote, finish
 from data.store import LocalStore, Place, Store
-from data.tar import member_name
+from data.tar import sample_members
 
 
 class TarSource:
@@ -98,14 +101,29 @@ class TarSource:
 
     def prefetch(self, ids: Sequence[int]) -> None:
         """See `Source`."""
-        self._store.prefetch(self._place(*self._locate(id)) for id in ids)
+        wanted = (place for place in map(self._locate, ids) if not self._is_damaged(*place))
+        self._store.prefetch(self._place(*place) for place in wanted)
 
     def close(self) -> None:
         """See `Source`."""
         self._store.close()
 
     def read(self, id: int) -> Sample:
-        """Return sample `id`; raises BadSample naming shard and member if its bytes changed."""
+        """Return sample `id`.
+
+        Raises BadSample naming shard and member if its bytes changed, or were damaged from the
+        first.
+        """
+        shard, row = self._locate(id)
+        if self._is_damaged(shard, row):
+            raise BadSample(
+                f"{self.name(id)} was damaged before it was indexed; replace the image, and run "
+                f"`foveate data index {self._location}`"
+            )
+        return self.read_stored(id)
+
+    def read_stored(self, id: int) -> Sample:
+        """Return sample `id` as it was indexed, damaged or not; raises BadSample if it changed."""
         shard, row = self._locate(id)
         columns, crc32 = self._columns[shard], int(self._columns[shard]["crc32"][row])
         place = self._place(shard, row)
@@ -128,22 +146,78 @@ class TarSource:
         regions = self._store.read_regions(shard, row, crc32)
         return Sample(id=id, image=image, label=label, regions=regions)
 
+    @property
+    def has_names(self) -> bool:
+        """Whether each sample has a name of its own, as those in tars may."""
+        keys = np.concatenate([columns["key"] for columns in self._columns])
+        return self.is_tar and len(np.unique(keys)) == len(keys)
+
+    @property
+    def is_tar(self) -> bool:
+        """Whether all shards are tars, whose samples have names and may have further members."""
+        return all(shard.name.endswith(".tar") for shard in self._shards)
+
+    def read_members(self, id: int) -> tuple[str | None, dict[str, bytes]]:
+        """Return the name of sample `id` in a tar and, by suffix, its members beside the image.
+
+        As WebDataset has it, these are the members of its name that lie next to it. The name is
+        None where the image is a link.
+        """
+        shard, row = self._locate(id)
+        columns = self._columns[shard]
+        offsets, offset = columns["offset"], columns["offset"][row]
+        before, after = offsets < offset, offsets[offsets > offset]
+        start = int((offsets + columns["size"])[before].max(initial=0))
+        end = int(after.min(initial=self._shards[shard].num_bytes))
+        part = _Part(partial(self._store.read, shard), -(-start // 512) * 512, end)
+        return sample_members(cast(IO[bytes], part), int(columns["key"][row]))
+
     def name(self, id: int) -> str:
         """Return `SHARD:MEMBER (sample id)`, where the member of a .beton is its number in it."""
         shard, row = self._locate(id)
-        offset, member = int(self._columns[shard]["offset"][row]), str(row)
-        if self._shards[shard].name.endswith(".tar"):
-            member = member_name(self._store.read(shard, offset - 512, 512))
-        return f"{self._location}/{self._shards[shard].name}:{member} (sample {id})"
+        info = self._shards[shard]
+        member = sample_name(info, row, self._columns[shard], partial(self._store.read, shard))
+        return f"{self._location}/{info.name}:{member} (sample {id})"
 
     def _locate(self, id: int) -> tuple[int, int]:
         """Return the shard's index and the row in it."""
         shard = int(np.searchsorted(self._ends, id, side="right"))
         return shard, id - int(self._ends[shard] - self._shards[shard].num_samples)
 
+    def _is_damaged(self, shard: int, row: int) -> bool:
+        return bool(int(self._columns[shard]["flags"][row]) & Flag.CORRUPT)
+
     def _place(self, shard: int, row: int) -> Place:
         columns = self._columns[shard]
         return shard, int(columns["offset"][row]), int(columns["size"][row])
+
+
+def read_stored(source: Source, id: int) -> Sample:
+    """Return sample `id` for packing: one that was damaged when it was indexed stays so."""
+    return source.read_stored(id) if isinstance(source, TarSource) else source.read(id)
+
+
+class _Part(io.RawIOBase):
+    """The bytes of a shard from `start` to `end` as a file, of which little may be read."""
+
+    def __init__(self, read: Callable[[int, int], bytes], start: int, end: int) -> None:
+        self._read, self._start, self._end, self._at = read, start, end, start
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET, "tarfile knows where it is"
+        self._at = self._start + offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at - self._start
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._read(self._at, max(0, min(size, self._end - self._at)))
+        self._at += len(content)
+        return content
 
 
 def _cache_folder(cache_dir: str | Path | None, manifest: Manifest) -> Path | None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from data.base import DataError
+from models.base import ModelError
 
 from .config import RunConfig, UserError, override
 from .doctor import bench, diagnose
@@ -25,12 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = override(recipe(options.recipe), overrides)
         _run(options, config)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}; free or choose another place", file=sys.stderr)
+        print(
+            f"error: {error}; make room or give access there, or choose another place",
+            file=sys.stderr,
+        )
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells report it
     return 0
 
 
@@ -51,25 +59,35 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="draw the first images of an epoch as the network")
+    add = partial(commands.add_parser, allow_abbrev=False)
+    show = add("show", help="draw the first images of an epoch as the network sees them")
     show.add_argument("--out", type=Path, required=True, help="the PNG file to write")
-    show.add_argument("--epoch", type=int, default=0)
-    measure = commands.add_parser("bench", help="measure the whole loader, as a line of JSON")
-    doctor = commands.add_parser("doctor", help="name the stage that limits a run")
+    show.add_argument("--epoch", type=_at_least(0), default=0)
+    measure = add("bench", help="measure the whole loader, as a line of JSON")
+    doctor = add("doctor", help="name the stage that limits a run")
     doctor.add_argument(
-        "--rate", type=float, help="images per second that a GPU takes; measured if left out"
+        "--rate", type=_rate, help="images per second that a GPU takes; measured if left out"
     )
     for command, count in ((show, 16), (measure, 1024), (doctor, 256)):
         command.add_argument("recipe", help="as for foveate pretrain")
-        command.add_argument("--images", type=_positive, default=count)
+        command.add_argument("--images", type=_at_least(2), default=count)
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value} is fewer than 2")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is fewer than {least}")
+        return int(text)
+
+    return whole_number
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return rate
 
 
 if __name__ == "__main__":

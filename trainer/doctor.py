@@ -1,14 +1,14 @@
 """The doctor of the input pipeline: what each stage costs, which one limits a run, what it needs.
 
 Owns the measurements. Each stage is measured by itself on the run's own images, so that the answer
-is about this data, these augmentations and this machine.
+is about this data, these augmentations and this machine. Images are read once, in the order of
+some epoch: what was read a moment ago comes from memory, and says nothing of the storage.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data.augment import AugmentSpec
-from data.base import Sample, Shard, Source
+from data.base import BadSample, Sample, Shard, Source
+from data.pipeline import ImagePipeline
 
 from .backends.wrap import build_model, wrap_blocks
 from .config import RunConfig
@@ -26,6 +27,7 @@ from .inputs import make_mixer, make_pipeline
 from .task import classification
 
 _BATCH = 32
+_WAITING = 0.5  # cores at work, below which threads that read are waiting for what they read
 _MODEL_STEPS = 3  # the first of which warms up
 
 
@@ -61,7 +63,8 @@ class Diagnosis:
         prepared = self.core_rate * min(self.cores, self.num_workers)
         if self.model_rate <= min(prepared, self.read_rate):
             return "model"
-        if self.read_rate < prepared:
+        cores_reading = self.read_rate * self.read_ms / 1000
+        if self.read_rate < prepared and cores_reading < _WAITING:
             return "storage"
         costs = {"read": self.read_ms, "decode": self.decode_ms, "augment": self.augment_ms}
         return max(costs, key=lambda stage: costs[stage])
@@ -70,10 +73,10 @@ class Diagnosis:
         """One line: the bottleneck and the cores per device."""
         return (
             f"{self.bottleneck}-bound: a device that takes {self.model_rate:,.0f} images/s needs "
-            f"{self.cores_needed:.1f} cores, and has {self.cores:g} with {self.num_workers} "
-            f"threads; an image costs {self.read_ms:.2f} ms to read, {self.decode_ms:.2f} to "
-            f"decode and {self.augment_ms:.2f} to augment, and {self.read_rate:,.0f} are read per "
-            "second"
+            f"{max(0.1, self.cores_needed):.1f} cores, and has {self.cores:g} with "
+            f"{self.num_workers} threads; an image costs {self.read_ms:.2f} ms to read, "
+            f"{self.decode_ms:.2f} to decode and {self.augment_ms:.2f} to augment, and "
+            f"{self.read_rate:,.0f} are read per second"
         )
 
 
@@ -81,24 +84,48 @@ def diagnose(config: RunConfig, *, num_images: int, model_rate: float | None) ->
     """Measure the stages on `num_images` images, and the model unless its rate is given.
 
     Raises:
-        DataError: if the data cannot be read.
+        DataError: if the data cannot be read, or there are fewer than two images.
     """
-    pipeline = make_pipeline(config, torch.device("cpu"))
-    source, augment = pipeline.source, pipeline.augment
-    ids = np.random.default_rng(0).integers(0, len(source), num_images).tolist()
-    samples, read_ms = _timed(lambda: [source.read(id) for id in ids])
+    pipeline = open_pipeline(config, batch_size=2)
+    augment, num_workers = pipeline.augment, config.data.num_workers
+    epoch = int(np.random.default_rng().integers(1 << 16))  # images that were not read just now
+    positions = np.arange(min(num_images, pipeline.schedule.num_positions))
+    samples, read_rate, read_ms = _read(
+        pipeline.source, pipeline.ids(epoch, positions).tolist(), num_workers
+    )
     plain = replace(augment, auto_augment=None)
+    _render_ms(augment, samples[:1])  # libraries and tables come up
     decode_ms = _render_ms(plain, samples)
     augment_ms = max(0.0, _render_ms(augment, samples) - decode_ms) if plain != augment else 0.0
     return Diagnosis(
-        read_ms=read_ms / num_images,
-        decode_ms=decode_ms / num_images,
-        augment_ms=augment_ms / num_images,
-        read_rate=_read_rate(source, ids, config.data.num_workers),
+        read_ms=read_ms,
+        decode_ms=decode_ms,
+        augment_ms=augment_ms,
+        read_rate=read_rate,
         model_rate=model_rate or measure_model(config),
         cores=len(os.sched_getaffinity(0)) / max(1, torch.cuda.device_count()),
-        num_workers=config.data.num_workers,
+        num_workers=num_workers,
     )
+
+
+def open_pipeline(config: RunConfig, *, batch_size: int) -> ImagePipeline:
+    """Open the training split in batches of one process, as large as told or as the set allows.
+
+    Raises:
+        DataError: if the data cannot be read, or there are fewer than two images.
+    """
+
+    def opened(size: int) -> ImagePipeline:
+        train = replace(config.train, batch_size=size, accumulate=1)
+        return make_pipeline(replace(config, train=train), torch.device("cpu"))
+
+    pipeline = opened(2)
+    size = min(batch_size, pipeline.schedule.num_positions)
+    size -= size % 2  # images are mixed in pairs
+    if size == 2:
+        return pipeline
+    pipeline.source.close()
+    return opened(size)
 
 
 def measure_model(config: RunConfig) -> float:
@@ -123,15 +150,28 @@ def measure_model(config: RunConfig) -> float:
     return count / min(times[1:])
 
 
-def _timed(work: Callable[[], list[Sample]]) -> tuple[list[Sample], float]:
-    """Return what `work` does, and the milliseconds of this thread's CPU time that it takes."""
-    start = time.thread_time()
-    result = work()
-    return result, 1000 * (time.thread_time() - start)
+def _read(source: Source, ids: list[int], num_workers: int) -> tuple[list[Sample], float, float]:
+    """Read samples as the loader's threads do, without those that are bad.
+
+    Returns them, how many were read per second, and the milliseconds of CPU time each took.
+    """
+
+    def read(id: int) -> Sample | None:
+        try:
+            return source.read(id)
+        except BadSample:  # a run replaces it
+            return None
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        wall, cpu = time.perf_counter(), time.process_time()
+        source.prefetch(ids)
+        samples = list(pool.map(read, ids))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return [sample for sample in samples if sample], len(ids) / wall, 1000 * cpu / len(ids)
 
 
 def _render_ms(augment: AugmentSpec, samples: list[Sample]) -> float:
-    """Return the CPU time in which one thread renders `samples`, in milliseconds."""
+    """Return the CPU time in which one thread renders a sample, in milliseconds."""
     total = 0.0
     for start in range(0, len(samples), _BATCH):
         part = samples[start : start + _BATCH]
@@ -140,36 +180,30 @@ def _render_ms(augment: AugmentSpec, samples: list[Sample]) -> float:
         begun = time.thread_time()
         augment.render(part, keys, out, seed=0, epoch=0)
         total += 1000 * (time.thread_time() - begun)
-    return total
-
-
-def _read_rate(source: Source, ids: list[int], num_workers: int) -> float:
-    """Return how many images per second `num_workers` threads read together."""
-    with ThreadPoolExecutor(num_workers) as pool:
-        begun = time.perf_counter()
-        for _ in pool.map(source.read, ids):
-            pass
-        return len(ids) / (time.perf_counter() - begun)
+    return total / max(1, len(samples))
 
 
 def bench(config: RunConfig, *, num_images: int) -> dict[str, float | int]:
     """Run the whole loader over `num_images` images and return its rate and its cost in CPU time.
 
+    Whole batches are counted, so that there may be some fewer.
+
     Raises:
-        DataError: if the data cannot be read.
+        DataError: if the data cannot be read, or there are fewer than two images.
     """
     per_batch = max(2, min(_BATCH, config.train.batch_size, num_images // 2))
-    train = replace(config.train, batch_size=per_batch - per_batch % 2, accumulate=1)
-    pipeline = make_pipeline(replace(config, train=train), torch.device("cpu"))
-    mixer = make_mixer(config)
-    steps = num_images // train.batch_size
+    pipeline = open_pipeline(config, batch_size=per_batch)
+    mixer, per_batch = make_mixer(config), pipeline.schedule.global_batch
+    steps = num_images // per_batch
     with closing(pipeline.batches(pipeline.start(), Shard(rank=0, world_size=1))) as stream:
-        mixer(next(stream)[0])  # threads, tables and libraries come up
+        # Libraries and tables come up, meanwhile batches pile up that would be had for nothing.
+        for batch, _ in islice(stream, 1 + config.data.prefetch):
+            mixer(batch)
         wall, cpu = time.perf_counter(), time.process_time()
         for batch, _ in islice(stream, steps):
             mixer(batch)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    shown = steps * train.batch_size
+    shown = steps * per_batch
     return {
         "images": shown,
         "images_per_s": round(shown / wall, 1),

@@ -14,7 +14,8 @@ from torch import Tensor
 from data.base import Shard
 
 from .config import RunConfig
-from .inputs import make_mixer, make_pipeline
+from .doctor import open_pipeline
+from .inputs import make_mixer
 
 _LEAST_SIDE = 112  # pixels; smaller pictures are enlarged by a whole factor
 _CAPTION = 14
@@ -22,30 +23,29 @@ _GAP = 6
 _SHARE = 0.06  # targets below this are left out of a caption
 
 
-def draw_contact_sheet(config: RunConfig, *, count: int, epoch: int) -> Image.Image:
+def draw_contact_sheet(config: RunConfig, *, count: int, epoch: int) -> tuple[Image.Image, int]:
     """Return the first `count` training images of `epoch`, augmented and mixed, with their targets.
 
+    With them comes their number, which is smaller where the set has no more.
     They are those of any run of this configuration: the first that it shows, whatever its batch.
 
     Raises:
-        DataError: if the data cannot be read, or there are fewer images.
+        DataError: if the data cannot be read, or there are fewer than two images.
     """
-    train = replace(config.train, batch_size=count + count % 2, accumulate=1)
-    config = replace(config, train=train)
-    pipeline = make_pipeline(config, torch.device("cpu"))
+    pipeline = open_pipeline(config, batch_size=count + count % 2)
     start = replace(pipeline.start(), epoch=epoch)
     with closing(pipeline.batches(start, Shard(rank=0, world_size=1))) as stream:
         images, targets = make_mixer(config)(next(stream)[0])
     pictures = [_picture(image, config) for image in images[:count]]
     captions = [_caption(target, pipeline.source.classes) for target in targets[:count]]
-    return _sheet(pictures, captions)
+    return _sheet(pictures, captions), len(pictures)
 
 
 def write_contact_sheet(config: RunConfig, out: Path, *, count: int, epoch: int) -> None:
     """Write the contact sheet as a PNG file."""
-    sheet = draw_contact_sheet(config, count=count, epoch=epoch)
+    sheet, shown = draw_contact_sheet(config, count=count, epoch=epoch)
     sheet.save(out, "PNG")
-    print(f"wrote {out}: {count} images of epoch {epoch} as {config.recipe} sees them")
+    print(f"wrote {out}: {shown} images of epoch {epoch} as {config.recipe} sees them")
 
 
 def _picture(image: Tensor, config: RunConfig) -> Image.Image:

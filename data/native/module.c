@@ -108,7 +108,7 @@ static PyObject *answers(const Work *works, Py_ssize_t count) {
 }
 
 /* Whether the shapes of jobs and output agree with one another and every job is possible. */
-static int check(const Py_buffer *jobs, const Py_buffer *out, const Work *works, Py_ssize_t count) {
+static int fits(const Py_buffer *jobs, const Py_buffer *out, const Work *works, Py_ssize_t count) {
     if (jobs->ndim != 2 || jobs->shape[0] != count || jobs->shape[1] != COLUMNS ||
         jobs->itemsize != 4 || out->ndim != 4 || out->shape[0] != count || out->shape[3] != 3 ||
         out->itemsize != 1)
@@ -154,7 +154,7 @@ static PyObject *decode(PyObject *module, PyObject *arguments) {
         return NULL;
     }
     Work *works = collect(images, indexes, count);
-    if (works != NULL && !check(&jobs, &out, works, count)) {
+    if (works != NULL && !fits(&jobs, &out, works, count)) {
         PyErr_SetString(PyExc_ValueError, "jobs and out do not fit one another or the images");
     } else if (works != NULL) {
         Status worst;
@@ -192,6 +192,28 @@ static PyObject *size(PyObject *module, PyObject *image) {
     return Py_BuildValue("ii", width, height);
 }
 
+PyDoc_STRVAR(check_doc, "check(image)\n--\n\n"
+                        "Read a JPEG file to its end marker; raises ValueError saying what is\n"
+                        "wrong if a part of the image is missing or cannot be read.");
+
+static PyObject *check(PyObject *module, PyObject *image) {
+    (void)module;
+    Py_buffer bytes;
+    if (PyObject_GetBuffer(image, &bytes, PyBUF_SIMPLE) < 0) return NULL;
+    char message[MESSAGE_LENGTH] = "";
+    Status status = NO_MEMORY;
+    Py_BEGIN_ALLOW_THREADS
+    Decoder *decoder = decoder_create();
+    if (decoder != NULL)
+        status = decode_check(decoder, bytes.buf, (size_t)bytes.len, message);
+    decoder_destroy(decoder);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&bytes);
+    if (status == NO_MEMORY) return PyErr_NoMemory();
+    if (status == CORRUPT) return PyErr_Format(PyExc_ValueError, "%s", message);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(build_index_doc,
              "build_index(image) -> bytes or None\n--\n\n"
              "Index where in a JPEG file its parts begin, so that `decode` can read some without\n"
@@ -218,6 +240,7 @@ static PyObject *build_index(PyObject *module, PyObject *image) {
 static PyMethodDef methods[] = {
     {"decode", decode, METH_VARARGS, decode_doc},
     {"size", size, METH_O, size_doc},
+    {"check", check, METH_O, check_doc},
     {"build_index", build_index, METH_O, build_index_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -81,5 +81,9 @@ void decoder_destroy(Decoder *decoder);
 Status decode_job(Decoder *decoder, const Job *job, char message[MESSAGE_LENGTH]);
 Status decode_size(Decoder *decoder, const uint8_t *bytes, size_t size, int *width, int *height,
                    char message[MESSAGE_LENGTH]);
+/* Read a whole file of any kind that libjpeg knows: CORRUPT, and why, where its end marker or a
+ * part of its image is missing or cannot be read. */
+Status decode_check(Decoder *decoder, const uint8_t *bytes, size_t size,
+                    char message[MESSAGE_LENGTH]);
 
 #endif

@@ -1,4 +1,5 @@
-/* Damage JPEG files and their indexes of regions at random and decode them: fuzz COUNT FILE...
+/* Damage JPEG files and their indexes of regions at random, check and decode them:
+ * fuzz COUNT FILE...
  *
  * Run with the sanitizers: they end the program at the first access out of bounds. It ends itself
  * where a part was decoded without complaint and yet to other pixels than those of the whole. */
@@ -70,8 +71,10 @@ static void try(Decoder *decoder, const uint8_t *bytes, size_t size, const uint8
     static uint8_t whole[SIDE * SIDE * 3], part[SIDE * SIDE * 3];
     char message[MESSAGE_LENGTH];
     int width, height;
-    if (decode_size(decoder, bytes, size, &width, &height, message) != DONE) return;
-    if (width > SIDE || height > SIDE) return;
+    Status kind = decode_size(decoder, bytes, size, &width, &height, message);
+    if (kind == CORRUPT || width > SIDE || height > SIDE) return;
+    decode_check(decoder, bytes, size, message);
+    if (kind != DONE) return;
     Box all = {0, 0, width, height};
     Job job = {.bytes = bytes, .size = size, .image_width = width, .image_height = height,
                .box = all, .width = width, .height = height, .window = all, .kernel = BICUBIC,

@@ -1,5 +1,7 @@
 """The data commands as a user runs them: what they print, and how they fail."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -127,3 +129,35 @@ def test_an_interrupt_keeps_what_is_finished(images, tmp_path, workers):
         pytest.skip("it was done already")
     assert (process.returncode, error) == (130, "")
     assert "what is finished is kept in" in shown
+
+
+def test_a_set_within_what_it_is_made_from_is_refused(images, tmp_path, capsys):
+    assert main(["pack", str(images), "--out", str(images / "packed")]) == 2
+    assert "would be a part" in capsys.readouterr().err
+    (tmp_path / "both").mkdir()
+    images.rename(tmp_path / "both" / "train")
+    assert main(["pack", str(tmp_path / "both"), "--out", str(tmp_path / "both" / "packed")]) == 0
+    assert len(TarSource(tmp_path / "both" / "packed" / "train").classes) == 3
+
+
+def test_class_names_in_no_text_are_refused(images, tmp_path, capsys):
+    out = tmp_path / "shards"
+    assert main(["pack", str(images), "--out", str(out)]) == 0
+    picture = next(out.glob("*.tar"))
+    picture.write_bytes(b"\xff" + picture.read_bytes())
+    assert main(["index", str(out), "--classes", str(picture)]) == 2
+    assert "is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_while_indexing(images, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shards"
+    assert main(["pack", str(images), "--out", str(out)]) == 0
+    next(out.glob("*.idx")).unlink()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["index", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: there is no space left for {out} (No space left on device)")

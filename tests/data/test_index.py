@@ -1,7 +1,9 @@
 """Indexing tars of any make, and naming the shard that changed."""
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import webdataset
 from data.base import DataError, Sample
 from data.build import build
 from data.folder import SyntheticSource, encode_png
-from data.index import Manifest, verify
+from data.index import Manifest, check_index, verify
 from data.pack import pack
 from data.webdataset import TarSource
 
@@ -204,6 +206,16 @@ def test_a_damaged_index_is_named(shards, damage):
     assert f"run `foveate data index {shards}`" in message
     build(shards, progress=lambda _: None)
     assert TarSource(shards).read(0).image == IMAGES.read(0).image
+
+
+def test_an_index_that_may_not_be_read_is_named(shards, monkeypatch):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    manifest = Manifest.load(shards)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a\.idx cannot be read \(Permission denied\)"):
+        check_index(shards, manifest.shards[0])
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"format": 7}', '{"format": 1}', "\0"])

@@ -272,6 +272,8 @@ def test_damaged_files_and_indexes_do_no_harm(tmp_path):
             files[-1].write_bytes(picture(kind, size))
     files.append(tmp_path / "full.jpg")
     files[-1].write_bytes(with_a_full_table(picture("4:2:0", (90, 70))))
+    files.append(tmp_path / "cmyk.jpg")
+    files[-1].write_bytes(encode(PHOTO.crop((0, 0, 90, 70)).convert("CMYK"), "JPEG"))
     sources = [root / f"data/native/{part}.c" for part in ("decode", "region", "resample", "scan")]
     compiler = ["cc", "-g", "-O1", "-std=gnu11", "-fsanitize=address,undefined"]
     compiler += ["-fno-sanitize-recover=all", f"-I{root}/data/native"]

@@ -1,6 +1,7 @@
 """Packing: whole or not at all, once, and readable by webdataset itself."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import webdataset
 
 from data.base import DataError
+from data.build import build
 from data.folder import FolderSource, SyntheticSource
 from data.index import Manifest
 from data.pack import pack, pack_folder
@@ -302,3 +304,67 @@ def test_an_image_folder_keeps_its_splits_and_class_names(tmp_path):
     assert TarSource(folders[1]).classes == ("class_0", "class_1", "class_2")
     (flat,) = pack_folder(tmp_path / "images" / "train", tmp_path / "flat", progress=quiet)
     assert len(TarSource(flat)) == 6
+
+
+def write_captioned(folder, *, keys):
+    """A tar for each list of keys, of samples with a caption, what is known, and a depth map."""
+    folder.mkdir()
+    for number, names in enumerate(keys):
+        with webdataset.TarWriter(str(folder / f"{number}.tar"), encoder=False) as writer:
+            for place, name in enumerate(names):
+                fields = {"caption": f"{number} {place}", "label": place % 5}
+                writer.write(
+                    {
+                        "__key__": name,
+                        "png": SOURCE.read(10 * number + place).image,
+                        "txt": fields["caption"].encode(),
+                        "json": json.dumps(fields).encode(),
+                        "depth.png": b"depth",
+                        "mask.npy.gz": b"\x1f\x8b",
+                    }
+                )
+    build(folder, classes=["a", "b", "c", "d", "e"], progress=quiet)
+
+
+def read_captioned(folder):
+    """Everything in the tars of a folder, by name."""
+    urls = sorted(str(path) for path in folder.glob("*.tar"))
+    return {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+
+
+def test_names_captions_and_further_members_go_from_tar_to_tar(tmp_path):
+    keys = [[f"{number}/ümlaut {place}" for place in range(6)] for number in range(2)]
+    write_captioned(tmp_path / "set", keys=keys)
+    before = read_captioned(tmp_path / "set")
+    (out,) = pack_folder(tmp_path / "set", tmp_path / "out", samples_per_shard=5, progress=quiet)
+    after = read_captioned(out)
+    assert sorted(after) == sorted(before) == sorted(keys[0] + keys[1])
+    for name, sample in after.items():
+        for suffix in ("png", "txt", "json", "depth.png", "mask.npy.gz"):
+            assert sample[suffix] == before[name][suffix], suffix
+        assert int(sample["cls"]) == json.loads(sample["json"])["label"]
+    assert TarSource(out).classes == ("a", "b", "c", "d", "e")
+    (again,) = pack_folder(out, tmp_path / "again", progress=quiet)
+    assert {name: sample["txt"] for name, sample in read_captioned(again).items()} == {
+        name: sample["txt"] for name, sample in before.items()
+    }
+
+
+def test_samples_of_one_name_in_several_shards_are_numbered(tmp_path):
+    write_captioned(tmp_path / "set", keys=[["x", "y"], ["x", "y"]])
+    lines = []
+    (out,) = pack_folder(tmp_path / "set", tmp_path / "out", progress=lines.append)
+    after = read_captioned(out)
+    assert sorted(after) == [f"{number:09d}" for number in range(4)]
+    assert {sample["txt"] for sample in after.values()} == {b"0 0", b"0 1", b"1 0", b"1 1"}
+    assert any("several samples have the same name" in line for line in lines)
+
+
+def test_what_a_beton_cannot_hold_is_said(tmp_path):
+    write_captioned(tmp_path / "set", keys=[["x", "y"]])
+    lines = []
+    pack_folder(tmp_path / "set", tmp_path / "beton", format="beton", progress=lines.append)
+    assert any("names and other members stay behind" in line for line in lines)
+    (tars,) = pack_folder(tmp_path / "beton", tmp_path / "tars", progress=quiet)
+    assert sorted(read_captioned(tars)) == ["000000000", "000000001"]
+    assert TarSource(tars).classes == ("a", "b", "c", "d", "e")

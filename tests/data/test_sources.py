@@ -1,5 +1,9 @@
 """Sources that need no shards, and opening one by its kind."""
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -18,6 +22,9 @@ def image_folder(tmp_path):
         path.write_bytes(encode_png(np.full((4, 5, 3), len(name), np.uint8)))
     (tmp_path / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "stray.png").write_bytes(b"")
+    (tmp_path / ".hidden").mkdir()
+    for name in (".hidden/x.png", "cat/._2.png"):
+        (tmp_path / name).write_bytes(b"not an image either")
     return tmp_path
 
 
@@ -46,6 +53,25 @@ def test_a_file_that_vanished_is_named(image_folder):
     (image_folder / "ant/x.PNG").unlink()
     with pytest.raises(DataError, match=r"ant/x\.PNG cannot be read"):
         source.read(0)
+
+
+@pytest.mark.parametrize("denied", ["", "bee", "bee/sub"])
+def test_a_folder_that_may_not_be_read_is_named(image_folder, monkeypatch, denied):
+    scandir, listdir = os.scandir, os.listdir
+
+    def refusing(look):
+        def refuse(path):
+            if Path(path) == image_folder / denied:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return look(path)
+
+        return refuse
+
+    monkeypatch.setattr(os, "scandir", refusing(scandir))
+    monkeypatch.setattr(os, "listdir", refusing(listdir))
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)") as error:
+        FolderSource(image_folder)
+    assert str(image_folder / denied) in str(error.value)
 
 
 def test_folders_without_images_are_refused(tmp_path):
@@ -85,7 +111,7 @@ def test_arrays_come_back_pixel_by_pixel():
         ("tfrecord", "x", "'tfrecord' is not one of webdataset, ffcv, folder, synthetic"),
         ("synthetic", "samples=3", "'samples=3' is not <name>=<number>"),
         ("synthetic", "size=big", "'size=big' is not <name>=<number>"),
-        ("webdataset", "nowhere", "nowhere/manifest.json is missing; run `foveate data index"),
+        ("webdataset", "nowhere", "nowhere/manifest.json is missing: there is no folder"),
     ],
 )
 def test_unknown_kinds_and_parameters_are_refused(kind, path, message):
