@@ -1,32 +1,29 @@
 """Checkpointer: the canonical training state on disk, sharded, whole or not at all.
 
-Tensors travel through torch.distributed.checkpoint in its safetensors form, one file per rank with
-the place of every shard in its header: it reshards to any world size on load, and nothing in it is
-ever unpickled. When a folder counts as a checkpoint is `trainer.manifest`'s subject.
+Every rank writes its share of every tensor into one file of its own, and reads from all of them
+just what it holds: any number of ranks, sharded in any way, goes on from what any other number
+wrote. Nothing in it is ever unpickled. When a folder counts as a checkpoint is
+`trainer.manifest`'s subject.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
-from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
 
-from . import manifest
+from . import manifest, shardfile
 from .config import UserError
+from .group import gather
 from .manifest import Fenced, FileRecord, Manifest
+from .shardfile import Piece, ShardFile
+from .shares import DTYPES, HostCopy, held
 
 T = TypeVar("T")
 
@@ -41,14 +38,23 @@ class Checkpointer:
     since a save in the background talks over it while training goes on.
     """
 
-    def __init__(self, root: Path, group: dist.ProcessGroup, *, keep_last: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        group: dist.ProcessGroup,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+    ) -> None:
         self.root = root
         self.group = group
         self.keep_last = keep_last
+        self.keep_every = keep_every
         try:
             self.generation = self._on_first(lambda: manifest.begin_generation(root))
         except OSError as error:
             raise UserError(f"cannot write to {root}: {error.strerror}") from None
+        self._copy = HostCopy(rank=group.rank(), world_size=group.size())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -60,7 +66,7 @@ class Checkpointer:
         *,
         keep: int | None,
     ) -> None:
-        """Copy `state` and write it in the background as the checkpoint of `step`.
+        """Copy `state`, tensor by tensor, and write it in the background as that of `step`.
 
         Waits for an earlier save first. `record` is the JSON that load() returns, its `model` the
         network's name; `keep` names a step whose checkpoint retention must spare.
@@ -69,9 +75,9 @@ class Checkpointer:
             UserError: if the earlier save failed, a full disk for one; older checkpoints stay.
         """
         self.wait()
-        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
+        pieces = self._copy.take(state)
         self._thread = threading.Thread(
-            target=self._write_guarded, args=(copy, step, record, keep), name="checkpoint"
+            target=self._write_guarded, args=(pieces, step, record, keep), name="checkpoint"
         )
         self._thread.start()
 
@@ -106,7 +112,7 @@ class Checkpointer:
                 )
             return None
         record = check_model(folder, model)
-        read_state(folder, state, group=self.group, whole=True)
+        read_state(folder, state, whole=True)
         return record
 
     def _write_guarded(self, *args: Any) -> None:
@@ -115,22 +121,24 @@ class Checkpointer:
         except BaseException as error:
             self._error = error
 
-    def _write(self, state: State, step: int, record: dict[str, Any], keep: int | None) -> None:
+    def _write(
+        self,
+        pieces: list[tuple[Piece, memoryview]],
+        step: int,
+        record: dict[str, Any],
+        keep: int | None,
+    ) -> None:
         staged = manifest.staging_folder(self.root, step, self.generation)
         try:
             self._on_first(lambda: self._open(staged))
-            distributed_save(
-                state,
-                storage_writer=HuggingFaceStorageWriter(str(staged), save_distributed=True),
-                process_group=self.group,
-            )
-            files = self._describe_all(staged)
+            files = self._write_all(staged, pieces)
             self._on_first(lambda: self._commit(step, record, files, keep))
-        except (CheckpointException, OSError, Fenced) as error:
+        except (OSError, Fenced) as error:
             self._on_first(lambda: self._give_up(staged))
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.root}: "
-                f"{_reason(error)}; older checkpoints are intact: make room and start the run again"
+                f"{getattr(error, 'strerror', None) or error}; older checkpoints are intact: make "
+                "room and start the run again"
             ) from None
 
     def _open(self, staged: Path) -> None:
@@ -142,20 +150,18 @@ class Checkpointer:
         shutil.rmtree(staged, ignore_errors=True)
         manifest.check_generation(self.root, self.generation)
 
-    def _describe_all(self, staged: Path) -> list[FileRecord]:
-        """Hash this rank's file and return every rank's records, or raise any rank's OSError."""
-        mine: list[FileRecord] | OSError
+    def _write_all(self, staged: Path, pieces: list[tuple[Piece, memoryview]]) -> list[FileRecord]:
+        """Write this rank's file and return every rank's record, or raise any rank's OSError."""
+        mine: FileRecord | str
         try:
-            files = sorted(staged.glob(f"shard-{self.group.rank() + 1:05d}-*"))
-            mine = [manifest.describe(path) for path in files]
+            mine = shardfile.write(staged / f"rank_{self.group.rank():05d}.safetensors", pieces)
         except OSError as error:
-            mine = error
-        gathered: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(gathered, mine, self.group)
-        for answer in gathered:
-            if isinstance(answer, OSError):
-                raise answer
-        return [record for records in gathered for record in records]
+            mine = f"{error.strerror} (rank {self.group.rank()})"
+        records = gather(mine, self.group)
+        for record in records:
+            if isinstance(record, str):
+                raise OSError(record)
+        return records
 
     def _commit(
         self, step: int, record: dict[str, Any], files: list[FileRecord], keep: int | None
@@ -164,11 +170,11 @@ class Checkpointer:
             self.root,
             Manifest(step=step, generation=self.generation, files=tuple(files), record=record),
         )
-        spared = {manifest.step_folder(self.root, keep)} if keep is not None else set()
         # Later steps are damaged ones that this run was not continued from: they must not count.
         upto = [path for path in manifest.checkpoints(self.root) if path <= newest]
         for old in upto[: -self.keep_last]:
-            if old not in spared:
+            step = manifest.step_of(old)
+            if step != keep and (self.keep_every is None or step % self.keep_every):
                 manifest.remove(old)
 
     def _on_first(self, action: Callable[[], T]) -> T:
@@ -197,40 +203,54 @@ def check_model(folder: Path, model: str) -> dict[str, Any]:
     return record
 
 
-def read_state(
-    folder: Path, state: State, *, group: dist.ProcessGroup | None = None, whole: bool = False
-) -> None:
-    """Fill the tensors of `state` in place from a checkpoint folder.
+def read_state(folder: Path, state: State, *, whole: bool = False) -> None:
+    """Fill the tensors of `state` in place from a checkpoint folder, whoever wrote it.
 
-    Without a group it works in a single process, whatever world size wrote the checkpoint.
+    Each process reads what it holds, and asks no other.
 
     Raises:
-        UserError: if the checkpoint lacks one of the tensors or holds it in another shape, or if
-            `state` is to be the `whole` of it and is not.
+        UserError: if the checkpoint lacks one of the tensors or holds it in another shape or
+            type, or if `state` is to be the `whole` of it and is not.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    held = reader.read_metadata().state_dict_metadata
-    extra = sorted(held.keys() - state.keys()) if whole else []
-    if extra:
+    files = [ShardFile(folder / record.name) for record in manifest.read(folder).files]
+    pieces: dict[str, list[tuple[ShardFile, Piece]]] = {}
+    for file in files:
+        for name, piece in file.pieces.items():
+            pieces.setdefault(name, []).append((file, piece))
+    if whole and (extra := sorted(pieces.keys() - state.keys())):
         raise UserError(
             f"{folder} is a checkpoint of another model: it holds {extra[0]}, the model does not"
         )
     for name, tensor in state.items():
-        shape = tuple(getattr(held.get(name), "size", ()))
-        if name not in held or shape != tuple(tensor.shape):
-            found = f"in shape {shape}" if name in held else "not at all"
+        found = _difference(tensor, pieces[name][0][1]) if name in pieces else "not at all"
+        if found is not None:
             raise UserError(
                 f"{folder} is a checkpoint of another model: it holds {name} {found}, the model "
                 f"has {tuple(tensor.shape)}"
             )
-    with warnings.catch_warnings():
-        # That it reads in a single process here is meant.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        distributed_load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    for name, tensor in state.items():
+        _fill(tensor, pieces[name])
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"{_reason(cause)} (rank {rank})"
-    return getattr(error, "strerror", None) or str(error)
+def _difference(tensor: Tensor, piece: Piece) -> str | None:
+    """Say how what is held of a tensor does not fit it, or return None."""
+    if DTYPES[piece.dtype] != tensor.dtype:
+        return f"as {piece.dtype} in place of {tensor.dtype}"
+    return None if piece.shape == tensor.shape else f"in shape {piece.shape}"
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, pieces: list[tuple[ShardFile, Piece]]) -> None:
+    """Copy what this rank holds of a tensor out of the pieces that have some of it."""
+    local, box = held(tensor)
+    filled = 0
+    for file, piece in pieces:
+        part = box.overlap(piece.box)
+        if part is None:
+            continue
+        stored = torch.frombuffer(file.data(piece.name), dtype=tensor.dtype)
+        stored = stored.view(piece.box.sizes)[part.within(piece.box)]
+        local[part.within(box)].copy_(stored)
+        filled += part.num_elements
+    # Pieces never overlap, so that counting shows a gap.
+    assert filled == box.num_elements, f"{pieces[0][1].name} has gaps"

@@ -6,6 +6,7 @@ what the loop does, it calls by name.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -75,6 +76,7 @@ class Trainer:
             self.run_dir / "checkpoints",
             gloo_group(),
             keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
         )
         self.state = self.saved = self._restore()
         self.group = gloo_group()
@@ -242,11 +244,18 @@ class Trainer:
     def _save(self) -> None:
         self.metrics.flush()  # a run that goes on from here has reported every step before
         state = replace(self.state, cursor=self._settled_cursor())
-        record = {"state": state.to_dict(), "model": self.config.model.name}
+        record = {
+            "state": state.to_dict(),
+            "model": self.config.model.name,
+            "backend": self.config.backend.name,
+            "world_size": dist.get_world_size(),
+        }
+        begin = time.perf_counter()
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
-        self.saved = self.state
         if not self.config.checkpoint.async_save:
             self.checkpointer.wait()
+        self.saved = self.state
+        self.metrics.event("save", self.state.step, stall=time.perf_counter() - begin)
 
     def _settled_cursor(self) -> Cursor:
         """Return what all ranks together have to say of the data so far.

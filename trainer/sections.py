@@ -225,6 +225,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep_last: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep those of all steps that are a multiple of this too; unset keeps none for that."""
     keep_best: bool = True
     """Keep the checkpoint of the best evaluation too."""
     async_save: bool = True
