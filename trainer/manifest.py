@@ -163,11 +163,12 @@ def begin_generation(root: Path) -> int:
     root.mkdir(parents=True, exist_ok=True)
     generation = _generation(root) + 1
     write_atomically(root / "generation", str(generation))
-    for left in root.glob("writing_*"):
-        # Taken away in one piece: a stale writer can put nothing half-removed into place.
-        left.rename(root / f"{_REMOVED}{left.name}")
     for left in root.glob(f"{_REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in root.glob("writing_*"):
+        # Taken away in one piece: a stale writer can put nothing half-removed into place.
+        away = left.rename(root / f"{_REMOVED}{left.name}")
+        shutil.rmtree(away, ignore_errors=True)
     for aside in root.glob(f"{_REPLACED}*"):
         final = root / aside.name.removeprefix(_REPLACED)
         if final.exists():
