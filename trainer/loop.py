@@ -248,7 +248,6 @@ class Trainer:
             "state": state.to_dict(),
             "model": self.config.model.name,
             "backend": self.config.backend.name,
-            "world_size": dist.get_world_size(),
         }
         begin = time.perf_counter()
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())

@@ -139,6 +139,14 @@ def problems(folder: Path, files: Iterable[FileRecord]) -> Iterator[str]:
             yield f"{path} cannot be read: {error.strerror}"
 
 
+def damage(folder: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, its every file hashed: nothing if it is good."""
+    try:
+        return list(problems(folder, read(folder).files))
+    except ValueError as error:
+        return [str(error)]
+
+
 def checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
     return sorted(root.glob(f"step_{'[0-9]' * 10}"))
@@ -148,10 +156,7 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files all match, and why newer ones were skipped."""
     skipped: list[str] = []
     for folder in reversed(checkpoints(root)):
-        try:
-            wrong = list(problems(folder, read(folder).files))
-        except ValueError as error:
-            wrong = [str(error)]
+        wrong = damage(folder)
         if not wrong:
             return folder, skipped
         skipped.append("; ".join(wrong))

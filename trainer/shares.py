@@ -19,6 +19,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_SLAB, _ALIGNMENT = 2**26, 64  # bytes
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -67,34 +68,45 @@ def _layout(tensor: DTensor) -> list[tuple[int, int, Placement]]:
 
 
 class HostCopy:
-    """This rank's share of the state, copied to the host's memory, which every save uses again."""
+    """This rank's share of the state, copied to memory of the host that every save uses again.
+
+    The memory comes in slabs: buffers of their own, between tensors that come and go, would leave
+    holes, and pinned ones are rounded up to a power of two each.
+    """
 
     def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._buffers: dict[str, Tensor] = {}
+        self._slabs: list[Tensor] = []
+        self._slab, self._end = 0, 0  # what is filled: all slabs before, this one up to the end
 
     @torch.no_grad()
     def take(self, state: Iterable[tuple[str, Tensor]]) -> list[tuple[Piece, memoryview]]:
         """Copy this rank's share tensor by tensor; the answer holds until the next call."""
+        self._slab, self._end = 0, 0
         pieces = []
         for turn, (name, tensor) in enumerate(state):
             part = written(tensor, turn=turn, rank=self.rank, world_size=self.world_size)
             if part is None:
                 continue
             source, box = part
-            buffer = self._buffer(name, source)
-            buffer.copy_(source, non_blocking=True)
+            buffer = self._buffer(source.nbytes)
+            copy = buffer.view(source.dtype).view(source.shape)
+            copy.copy_(source, non_blocking=True)
             piece = Piece(name, _NAMES[source.dtype], tuple(tensor.shape), box)
-            pieces.append((piece, buffer.reshape(-1).view(torch.uint8).numpy().data))
+            pieces.append((piece, buffer.numpy().data))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return pieces
 
-    def _buffer(self, name: str, source: Tensor) -> Tensor:
-        """The buffer of a tensor; the device copies straight into pinned memory."""
-        held = self._buffers.get(name)
-        if held is None or held.shape != source.shape or held.dtype != source.dtype:
-            held = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._buffers[name] = held
-        return held
+    def _buffer(self, size: int) -> Tensor:
+        """The next `size` free bytes, uint8 [size]."""
+        begin = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        while self._slab < len(self._slabs) and begin + size > self._slabs[self._slab].nbytes:
+            self._slab, begin = self._slab + 1, 0
+        if self._slab == len(self._slabs):
+            pinned = torch.cuda.is_available()  # a device copies straight into it
+            slab = torch.empty(max(size, _SLAB), dtype=torch.uint8, pin_memory=pinned)
+            self._slabs.append(slab)
+        self._end = begin + size
+        return self._slabs[self._slab][begin : self._end]
