@@ -248,6 +248,16 @@ class Harness:
             if call == "fsync True":
                 yield at, UNSYNCED
 
+    def fill(self) -> None:
+        """Let a save find fewer and fewer pages of the disk free."""
+        for pages in range(16):
+            if self.is_due():
+                self.renew()
+                codes = in_children(self.folder, partial(save_on_full_disk, self.root, pages))
+                filler_of(self.root).unlink()
+                assert codes == [0], self.said()
+                self.check("a full disk", f"{pages} pages left", (3, 4))
+
     def damage(self) -> None:
         """Harm every file of the newest checkpoint, and the generation, at several places."""
         newest = manifest.step_folder(self._base, 3)
@@ -263,19 +273,6 @@ class Harness:
                     lost = path.name != "generation"
                     resumes, skipped = ((2,), str(harmed)) if lost else ((3,), "")
                     self.check(kind, f"{path.name} at {place}", resumes, skipped)
-
-
-def fill_disk(folder: Path, stride: int) -> None:
-    """In a small disk of its own: leave fewer and fewer pages for a save."""
-    harness = Harness(folder, stride=stride)
-    for pages in range(16):
-        if harness.is_due():
-            harness.renew()
-            codes = in_children(folder, partial(save_on_full_disk, harness.root, pages))
-            filler_of(harness.root).unlink()
-            assert codes == [0], harness.said()
-            harness.check("a full disk", f"{pages} pages left", (3, 4))
-    print(json.dumps([harness.tally, harness.lost]))
 
 
 def filler_of(root: Path) -> Path:
@@ -295,39 +292,32 @@ def save_on_full_disk(root: Path, pages: int) -> None:
         save(checkpointer, 4)
 
 
+def on_its_disk(folder: Path, *, stride: int) -> list[str]:
+    """Return the command that tries the faults in `folder`, which gets a small disk of its own."""
+    command = [sys.executable, "-m", "tests.trainer.faults", "--stride", str(stride)]
+    return on_small_disk(folder, [*command, "--folder", str(folder)], num_bytes=2**21)
+
+
 def main() -> int:
     """Try the faults; returns 1 if a run was lost."""
     parser = argparse.ArgumentParser(prog="python -m tests.trainer.faults", description=__doc__)
     parser.add_argument("--stride", type=int, default=1, help="try every so many of the faults")
-    parser.add_argument("--on-disk", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.folder is None:
+        with tempfile.TemporaryDirectory(prefix="faults-") as name:
+            command = on_its_disk(Path(name), stride=options.stride)
+            return subprocess.run(command, cwd=ROOT, check=False).returncode
     torch.set_num_threads(1)
-    if options.on_disk is not None:
-        fill_disk(options.on_disk, options.stride)
-        return 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        harness = Harness(Path(name), stride=options.stride)
-        for scenario in SCENARIOS:
-            harness.kill(scenario)
-        harness.damage()
-        tally, lost = harness.tally, harness.lost
-        disk = Path(name) / "disk"
-        disk.mkdir()
-        command = ["-m", "tests.trainer.faults", "--stride", str(options.stride)]
-        done = subprocess.run(
-            on_small_disk(
-                disk, [sys.executable, *command, "--on-disk", str(disk)], num_bytes=2**21
-            ),
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-        on_disk, lost_on_disk = json.loads(done.stdout)
-        tally.update(on_disk)
-        lost += lost_on_disk
-    for kind, count in tally.items():
+    harness = Harness(options.folder, stride=options.stride)
+    for scenario in SCENARIOS:
+        harness.kill(scenario)
+    harness.damage()
+    harness.fill()
+    for kind, count in harness.tally.items():
         print(f"{count:5d} {kind}")
-    print(*lost, sep="\n", end="" if not lost else "\n")
-    print(f"{tally.total()} faults, {len(lost)} lost runs")
-    return 1 if lost else 0
+    print(*harness.lost, f"{harness.tally.total()} faults, {len(harness.lost)} lost runs", sep="\n")
+    return 1 if harness.lost else 0
 
 
 if __name__ == "__main__":

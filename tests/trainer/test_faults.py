@@ -2,19 +2,17 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.trainer.faults import DAMAGES, SCENARIOS
+from tests.trainer.faults import DAMAGES, SCENARIOS, on_its_disk
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_no_fault_in_a_save_loses_a_run():
+def test_no_fault_in_a_save_loses_a_run(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.faults", "--stride", "7"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        on_its_disk(tmp_path, stride=9), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     *tally, total = done.stdout.splitlines()
     tried = {kind: int(count) for count, kind in (line.split(maxsplit=1) for line in tally)}
