@@ -8,8 +8,10 @@ wrote. Nothing in it is ever unpickled. When a folder counts as a checkpoint is
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -57,6 +59,8 @@ class Checkpointer:
         self._copy = HostCopy(rank=group.rank(), world_size=group.size())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.seconds = 0.0
+        """What the last save took until it was whole; 0 before the first."""
 
     def save(
         self,
@@ -75,22 +79,30 @@ class Checkpointer:
             UserError: if the earlier save failed, a full disk for one; older checkpoints stay.
         """
         self.wait()
+        begin = time.monotonic()
         pieces = self._copy.take(state)
         self._thread = threading.Thread(
-            target=self._write_guarded, args=(pieces, step, record, keep), name="checkpoint"
+            target=self._write_guarded, args=(begin, pieces, step, record, keep), name="checkpoint"
         )
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until the save under way is whole, and raise UserError if it failed."""
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Wait until the save under way is whole; return False if that takes more than `seconds`.
+
+        Raises:
+            UserError: if it failed; older checkpoints stay.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(min(seconds, threading.TIMEOUT_MAX))
+            if self._thread.is_alive():
+                return False
             self._thread = None
         error, self._error = self._error, None
         if isinstance(error, Fenced):
             raise UserError(str(error))
         if error is not None:
             raise error
+        return True
 
     def load(self, state: State, *, model: str) -> dict[str, Any] | None:
         """Fill `state` in place from the newest good checkpoint; return its record.
@@ -115,9 +127,10 @@ class Checkpointer:
         read_state(folder, state, whole=True)
         return record
 
-    def _write_guarded(self, *args: Any) -> None:
+    def _write_guarded(self, begin: float, *args: Any) -> None:
         try:
             self._write(*args)
+            self.seconds = time.monotonic() - begin
         except BaseException as error:
             self._error = error
 

@@ -101,7 +101,7 @@ _POSITIVE = (
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
     "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
-    "checkpoint.keep_last", "checkpoint.keep_every", "log.every",
+    "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.grace", "log.every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",

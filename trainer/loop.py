@@ -78,7 +78,8 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
         )
-        self.state = self.saved = self._restore()
+        self.state = self._restore()
+        self.saved: TrainState | None = self.state
         self.group = gloo_group()
         self.signals = Signals(gloo_group())
         self.evaluator = Evaluator(
@@ -128,7 +129,7 @@ class Trainer:
                     self._check_epoch()
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
-                    self._save()
+                    self._save(in_background=self.config.checkpoint.async_save)
         return self._finish()
 
     def _step(
@@ -241,7 +242,7 @@ class Trainer:
             for name, tensor in self.ema.average.items():
                 yield f"ema/{name}", self.backend.canonical(name, tensor)
 
-    def _save(self) -> None:
+    def _save(self, *, in_background: bool) -> None:
         self.metrics.flush()  # a run that goes on from here has reported every step before
         state = replace(self.state, cursor=self._settled_cursor())
         record = {
@@ -251,10 +252,34 @@ class Trainer:
         }
         begin = time.perf_counter()
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
-        if not self.config.checkpoint.async_save:
+        if not in_background:
             self.checkpointer.wait()
         self.saved = self.state
         self.metrics.event("save", self.state.step, stall=time.perf_counter() - begin)
+
+    def _save_in_time(self) -> bool:
+        """Save what is in no checkpoint yet; return False if too little time is left for that.
+
+        Nothing is lost then: a checkpoint counts only when it is whole.
+        """
+        if not self._is_saved_within(self._seconds_left()):
+            return False
+        if self.state == self.saved:
+            return True
+        left = self._seconds_left()
+        if not all(gather(self.checkpointer.seconds < left, self.group)):
+            return False
+        self._save(in_background=True)
+        return self._is_saved_within(self._seconds_left())
+
+    def _is_saved_within(self, seconds: float) -> bool:
+        """Wait for the save under way; return whether all ranks saw its end in that time."""
+        return all(gather(self.checkpointer.wait(seconds), self.group))
+
+    def _seconds_left(self) -> float:
+        """The time until the first of all ranks is killed."""
+        here = self.signals.seconds_left(self.config.checkpoint.grace)
+        return min(map(float, gather(here, self.group)))
 
     def _settled_cursor(self) -> Cursor:
         """Return what all ranks together have to say of the data so far.
@@ -320,10 +345,13 @@ class Trainer:
     def _finish(self) -> bool:
         """Write what is left: the metrics, and a checkpoint if the state is in none."""
         self.signals.settle()
-        complete = self.state.step >= self.total_steps and not self._evaluation_is_due()
-        if self.state != self.saved:
-            self._save()
-        self.checkpointer.wait()
+        if not self._save_in_time():
+            self.saved = None
+        complete = (
+            self.state == self.saved
+            and self.state.step >= self.total_steps
+            and not self._evaluation_is_due()
+        )
         self.metrics.flush()
         self._check_numerics()
         self.metrics.event(

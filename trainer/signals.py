@@ -7,7 +7,10 @@ step before.
 
 from __future__ import annotations
 
+import math
+import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -22,12 +25,14 @@ class Signals:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.received: str | None = None
+        self._since = math.inf
         self._vote = torch.zeros(1)
         self._work: dist.Work | None = None
         for number in stopping_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._since = min(self._since, time.time())  # more signals give no more time
         self.received = signal.Signals(number).name
 
     def agree(self) -> bool:
@@ -44,6 +49,14 @@ class Signals:
             self._vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True
         )
         return stop
+
+    def seconds_left(self, grace: float | None) -> float:
+        """Return how long this process may go on: infinity where nobody says.
+
+        It is killed `grace` seconds after the signal, or when its Slurm job ends.
+        """
+        end = float(os.environ.get("SLURM_JOB_END_TIME", math.inf))
+        return min(end, self._since + (math.inf if grace is None else grace)) - time.time()
 
     def settle(self) -> None:
         """Finish the vote under way, so that the group may be closed or used otherwise."""

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.dist import run_distributed
 from tests.trainer.disk import on_small_disk
-from trainer import manifest
+from trainer import manifest, shardfile
 from trainer.checkpoint import Checkpointer, read_state
 from trainer.config import UserError
 
@@ -204,6 +206,24 @@ def test_the_format_before_is_named(alone, tmp_path):
     )
     message = message_of(lambda: load(tmp_path, alone, whole_state()))
     assert message.startswith(f"{folder} is a checkpoint in the format of an earlier version")
+
+
+def test_a_save_that_takes_too_long_is_left_and_destroys_nothing(alone, tmp_path):
+    checkpointer = Checkpointer(tmp_path, alone, keep_last=1)
+    save(checkpointer, 5)
+    disk, write = threading.Event(), shardfile.write
+
+    def write_late(*arguments):
+        disk.wait()
+        return write(*arguments)
+
+    with mock.patch.object(shardfile, "write", write_late):
+        checkpointer.save(whole_state(10).items(), 10, RECORD, keep=None)
+        assert not checkpointer.wait(0.01)
+        assert manifest.newest_good(tmp_path) == (manifest.step_folder(tmp_path, 5), [])
+        disk.set()
+        assert checkpointer.wait()
+    assert steps_in(tmp_path) == [10]
 
 
 def truncate(folder):
