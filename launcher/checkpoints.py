@@ -49,9 +49,9 @@ def _row(folder: Path) -> tuple[str, str, str, str, str]:
     whole = all(sizes.get(file.name) == file.num_bytes for file in found.files)
     best = found.record["state"]["best_step"] == found.step
     state = ("good" if whole else "damaged") + (", best" if best else "")
-    # Each process wrote one file.
-    writer = f"{found.record['backend']} on {len(found.files)}, start {found.generation}"
-    return (*cells, state, writer)
+    # Each process wrote one file; versions before this one did not say which backend it had.
+    backend = found.record.get("backend", "unknown backend")
+    return (*cells, state, f"{backend} on {len(found.files)}, start {found.generation}")
 
 
 def verify(run_dir: Path) -> int:

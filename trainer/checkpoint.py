@@ -12,7 +12,9 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +25,8 @@ from torch import Tensor
 from . import manifest, shardfile
 from .config import UserError
 from .group import gather
-from .manifest import Fenced, FileRecord, Manifest
+from .manifest import Fenced, Manifest
+from .node_disk import NodeDisk
 from .shardfile import Piece, ShardFile
 from .shares import DTYPES, HostCopy, held
 
@@ -47,6 +50,7 @@ class Checkpointer:
         *,
         keep_last: int,
         keep_every: int | None = None,
+        local_dir: Path | None = None,
     ) -> None:
         self.root = root
         self.group = group
@@ -56,11 +60,15 @@ class Checkpointer:
             self.generation = self._on_first(lambda: manifest.begin_generation(root))
         except OSError as error:
             raise UserError(f"cannot write to {root}: {error.strerror}") from None
-        self._copy = HostCopy(rank=group.rank(), world_size=group.size())
+        self._disk = None if local_dir is None else NodeDisk(local_dir, root)
+        self._host = HostCopy(rank=group.rank(), world_size=group.size())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._safe = threading.Event()
         self.seconds = 0.0
-        """What the last save took until it was whole; 0 before the first."""
+        """What the last save took until it was safe; 0 before the first."""
+        if self._disk is not None:
+            self._carry_over(self._disk)
 
     def save(
         self,
@@ -80,7 +88,8 @@ class Checkpointer:
         """
         self.wait()
         begin = time.monotonic()
-        pieces = self._copy.take(state)
+        pieces = self._host.take(state)
+        self._safe.clear()
         self._thread = threading.Thread(
             target=self._write_guarded, args=(begin, pieces, step, record, keep), name="checkpoint"
         )
@@ -103,6 +112,10 @@ class Checkpointer:
         if error is not None:
             raise error
         return True
+
+    def is_safe(self) -> bool:
+        """Whether nothing is under way, or what is has reached the nodes' disks at least."""
+        return self._thread is None or self._safe.is_set()
 
     def load(self, state: State, *, model: str) -> dict[str, Any] | None:
         """Fill `state` in place from the newest good checkpoint; return its record.
@@ -129,23 +142,74 @@ class Checkpointer:
 
     def _write_guarded(self, begin: float, *args: Any) -> None:
         try:
-            self._write(*args)
-            self.seconds = time.monotonic() - begin
+            self._write(begin, *args)
         except BaseException as error:
             self._error = error
 
     def _write(
         self,
+        begin: float,
         pieces: list[tuple[Piece, memoryview]],
         step: int,
         record: dict[str, Any],
         keep: int | None,
     ) -> None:
+        disk, name = self._disk, f"rank_{self.group.rank():05d}.safetensors"
         staged = manifest.staging_folder(self.root, step, self.generation)
-        try:
+        place = staged if disk is None else disk.place(step, self.generation)
+        with self._giving_up(step, staged):
             self._on_first(lambda: self._open(staged))
-            files = self._write_all(staged, pieces)
-            self._on_first(lambda: self._commit(step, record, files, keep))
+            if disk is not None:
+                self._on_all(lambda: place.mkdir(parents=True, exist_ok=True))
+            files = self._on_all(lambda: shardfile.write(place / name, pieces))
+            whole = Manifest(
+                step=step, generation=self.generation, files=tuple(files), record=record
+            )
+            if disk is not None:
+                self._on_all(lambda: disk.keep(whole, place / name))
+                self._note_safe(begin)
+                self._on_all(lambda: _copy(whole, [place / name], staged))
+            self._on_first(lambda: self._commit(whole, keep))
+        if disk is None:
+            self._note_safe(begin)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _note_safe(self, begin: float) -> None:
+        self.seconds = time.monotonic() - begin
+        self._safe.set()
+
+    def _carry_over(self, disk: NodeDisk) -> None:
+        """Take on the newest save that an earlier start left on the nodes' disks and no further."""
+        found = self._on_all(disk.left)
+        best, paths = None, list[Path]()
+        newest = self._on_first(self._newest) if any(found) else (0, 0)
+        for text in {text for left in found for text in left}:
+            whole = manifest.parse(text)
+            # What several ranks of a node see is the first one's to copy.
+            holder = {p: r for r, left in reversed([*enumerate(found)]) for p in left.get(text, ())}
+            complete = {path.name for path in holder} == {file.name for file in whole.files}
+            if complete and (whole.generation, whole.step) > newest:
+                newest, best = (whole.generation, whole.step), whole
+                paths = [path for path, rank in holder.items() if rank == self.group.rank()]
+        if best is not None:
+            self._publish(best, paths)
+        disk.clear()
+
+    def _publish(self, whole: Manifest, paths: list[Path]) -> None:
+        """Make a checkpoint of files that all ranks together have, this one those at `paths`."""
+        staged = manifest.staging_folder(self.root, whole.step, self.generation)
+        with self._giving_up(whole.step, staged):
+            self._on_first(lambda: self._open(staged))
+            self._on_all(lambda: _copy(whole, paths, staged))
+            mine = replace(whole, generation=self.generation)
+            self._on_first(lambda: manifest.commit(self.root, mine))
+
+    @contextmanager
+    def _giving_up(self, step: int, staged: Path) -> Iterator[None]:
+        """Clear away what was staged if it cannot be finished, and say so."""
+        try:
+            yield
         except (OSError, Fenced) as error:
             self._on_first(lambda: self._give_up(staged))
             raise UserError(
@@ -153,6 +217,12 @@ class Checkpointer:
                 f"{getattr(error, 'strerror', None) or error}; older checkpoints are intact: make "
                 "room and start the run again"
             ) from None
+
+    def _newest(self) -> tuple[int, int]:
+        """The start and step of the newest good checkpoint; zeros if there is none."""
+        folder, _ = manifest.newest_good(self.root)
+        found = None if folder is None else manifest.read(folder)
+        return (0, 0) if found is None else (found.generation, found.step)
 
     def _open(self, staged: Path) -> None:
         manifest.check_generation(self.root, self.generation)
@@ -163,32 +233,27 @@ class Checkpointer:
         shutil.rmtree(staged, ignore_errors=True)
         manifest.check_generation(self.root, self.generation)
 
-    def _write_all(self, staged: Path, pieces: list[tuple[Piece, memoryview]]) -> list[FileRecord]:
-        """Write this rank's file and return every rank's record, or raise any rank's OSError."""
-        mine: FileRecord | str
-        try:
-            mine = shardfile.write(staged / f"rank_{self.group.rank():05d}.safetensors", pieces)
-        except OSError as error:
-            mine = f"{error.strerror} (rank {self.group.rank()})"
-        records = gather(mine, self.group)
-        for record in records:
-            if isinstance(record, str):
-                raise OSError(record)
-        return records
-
-    def _commit(
-        self, step: int, record: dict[str, Any], files: list[FileRecord], keep: int | None
-    ) -> None:
-        newest = manifest.commit(
-            self.root,
-            Manifest(step=step, generation=self.generation, files=tuple(files), record=record),
-        )
+    def _commit(self, whole: Manifest, keep: int | None) -> None:
+        newest = manifest.commit(self.root, whole)
         # Later steps are damaged ones that this run was not continued from: they must not count.
         upto = [path for path in manifest.checkpoints(self.root) if path <= newest]
         for old in upto[: -self.keep_last]:
             step = manifest.step_of(old)
             if step != keep and (self.keep_every is None or step % self.keep_every):
                 manifest.remove(old)
+
+    def _on_all(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank and return all results, or raise any rank's OSError."""
+        mine, failed = None, None
+        try:
+            mine = action()
+        except OSError as error:
+            failed = f"{error.strerror or error} (rank {self.group.rank()})"
+        outcomes = gather((mine, failed), self.group)
+        for _, reason in outcomes:
+            if reason is not None:
+                raise OSError(reason)
+        return [result for result, _ in outcomes]
 
     def _on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and give every rank its result, or raise its error everywhere."""
@@ -202,6 +267,13 @@ class Checkpointer:
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
+
+
+def _copy(whole: Manifest, paths: list[Path], target: Path) -> None:
+    """Copy files of a checkpoint and make sure that they are what its manifest says."""
+    for path in paths:
+        if manifest.copy_durably(path, target / path.name) not in whole.files:
+            raise OSError(f"{path} does not match its hash")
 
 
 def check_model(folder: Path, model: str) -> dict[str, Any]:

@@ -168,6 +168,9 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
     for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
         if not 0 < low <= high:
             yield f"data.{name} is {low} {high}: give two positive numbers, the smaller first"
+    local_dir = config.checkpoint.local_dir
+    if local_dir is not None and not Path(local_dir).is_absolute():
+        yield f"checkpoint.local_dir is {local_dir}: give an absolute path, the same on each node"
     if data.source == "ffcv_native":
         yield from _beyond_ffcv(config)
     try:

@@ -77,6 +77,7 @@ class Trainer:
             gloo_group(),
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
+            local_dir=Path(local_dir) if (local_dir := config.checkpoint.local_dir) else None,
         )
         self.state = self._restore()
         self.saved: TrainState | None = self.state
@@ -262,19 +263,16 @@ class Trainer:
 
         Nothing is lost then: a checkpoint counts only when it is whole.
         """
-        if not self._is_saved_within(self._seconds_left()):
-            return False
-        if self.state == self.saved:
-            return True
-        left = self._seconds_left()
-        if not all(gather(self.checkpointer.seconds < left, self.group)):
-            return False
-        self._save(in_background=True)
-        return self._is_saved_within(self._seconds_left())
+        if self._is_whole_in_time() and self.state != self.saved:
+            left = self._seconds_left()
+            if all(gather(self.checkpointer.seconds < left, self.group)):
+                self._save(in_background=True)
+                self._is_whole_in_time()
+        return self.state == self.saved and all(gather(self.checkpointer.is_safe(), self.group))
 
-    def _is_saved_within(self, seconds: float) -> bool:
-        """Wait for the save under way; return whether all ranks saw its end in that time."""
-        return all(gather(self.checkpointer.wait(seconds), self.group))
+    def _is_whole_in_time(self) -> bool:
+        """Wait for the save under way; return whether all ranks saw its end in time."""
+        return all(gather(self.checkpointer.wait(self._seconds_left()), self.group))
 
     def _seconds_left(self) -> float:
         """The time until the first of all ranks is killed."""

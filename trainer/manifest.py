@@ -111,17 +111,30 @@ def read(folder: Path) -> Manifest:
         ValueError: if it is missing, not a manifest, or altered.
     """
     try:
-        text = (folder / MANIFEST).read_text()
+        return parse((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} {error}") from None
+
+
+def parse(text: str) -> Manifest:
+    """Read what to_json() returned.
+
+    Raises:
+        ValueError: if it is not a manifest, or altered.
+    """
+    try:
         values = json.loads(text)
         del values["sha256"]
         values["files"] = tuple(FileRecord(**record) for record in values["files"])
         found = Manifest(**values)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
     if found.to_json() != text:
-        raise ValueError(f"{folder / MANIFEST} does not match its hash")
+        raise ValueError("does not match its hash")
     return found
 
 
@@ -231,6 +244,12 @@ def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord
     finally:
         os.close(handle)
     return FileRecord(name=path.name, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def copy_durably(source: Path, target: Path) -> FileRecord:
+    """Copy a file as write_durably() writes it."""
+    with source.open("rb") as file:
+        return write_durably(target, iter(lambda: file.read(2**24), b""))
 
 
 def _write(handle: int, data: memoryview) -> None:

@@ -231,6 +231,8 @@ class CheckpointConfig:
     """Keep the checkpoint of the best evaluation too."""
     async_save: bool = True
     """Write in the background while training goes on."""
+    local_dir: str | None = None
+    """Folder on a fast disk of each node, to which saves go first, and from there to the run's."""
     grace: float | None = None
     """Seconds from a signal to the kill; a last save that takes longer is left. Unset: no limit."""
 

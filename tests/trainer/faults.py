@@ -49,6 +49,7 @@ class Scenario(NamedTuple):
     step: int
     world_size: int
     resumes: tuple[int, ...]
+    by_local_disk: bool = False
 
 
 def nothing(root: Path) -> None:
@@ -69,6 +70,7 @@ SCENARIOS = (
     Scenario("a step saved again", nothing, 3, 1, (3,)),
     Scenario("after a crash", leave_leftovers, 4, 1, (3, 4)),
     Scenario("two ranks", nothing, 4, 2, (3, 4)),
+    Scenario("by a local disk", nothing, 4, 1, (3, 4), by_local_disk=True),
 )
 
 
@@ -90,7 +92,9 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
     return state | {"step": torch.tensor(float(step))}
 
 
-def start(root: Path, rank: int = 0, world_size: int = 1) -> Checkpointer:
+def start(
+    root: Path, rank: int = 0, world_size: int = 1, *, by_local_disk: bool = False
+) -> Checkpointer:
     """Begin a start of the run, in a process that has not begun one."""
     store = dist.FileStore(str(root.with_name("store")), world_size)
     dist.init_process_group(
@@ -98,7 +102,8 @@ def start(root: Path, rank: int = 0, world_size: int = 1) -> Checkpointer:
     )
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    return Checkpointer(root, group, keep_last=2)
+    local_dir = root.with_name("local") if by_local_disk else None
+    return Checkpointer(root, group, keep_last=2, local_dir=local_dir)
 
 
 def save(checkpointer: Checkpointer, *steps: int) -> None:
@@ -111,7 +116,8 @@ def write(root: Path, rank: int, scenario: Scenario, doomed: int, at: int, how: 
     """Save as one rank; the `doomed` one ends at its call number `at`."""
     if rank == doomed:
         arm(root.with_name("calls"), at, how)
-    save(start(root, rank, scenario.world_size), scenario.step)
+    checkpointer = start(root, rank, scenario.world_size, by_local_disk=scenario.by_local_disk)
+    save(checkpointer, scenario.step)
 
 
 def arm(record: Path, at: int, how: str) -> None:
@@ -140,7 +146,7 @@ def arm(record: Path, at: int, how: str) -> None:
 
 def restart(root: Path) -> None:
     """Go on as a start of the run does, leave the step it goes on from, save and load once more."""
-    checkpointer = start(root)
+    checkpointer = start(root, by_local_disk=True)
     print(json.dumps(load(checkpointer)), file=root.with_name("resumed").open("w"), flush=True)
     save(checkpointer, 9)
     assert load(checkpointer) == 9
@@ -204,7 +210,8 @@ class Harness:
         return (self.folder / "said").read_text()
 
     def renew(self, prepare: Callable[[Path], None] = nothing) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        for folder in (self.root, self.folder / "local"):
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self._base, self.root)
         prepare(self.root)
 

@@ -308,6 +308,48 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(alone, tmp_path):
     assert message == f"{folder} is a checkpoint of transnext_pico, not of transxnet_pico"
 
 
+def save_on_nodes(rank, world_size, root):
+    """Save by way of two nodes' disks, without reaching the run folder, and start again."""
+    root, answers = Path(root), {}
+    disks = {"kept": f"node{rank}", "lost": f"other{rank}" if rank else "node0"}
+    for name, again in disks.items():
+        folder = root / name / "checkpoints"
+
+        def start(disk, folder=folder, name=name):
+            group = dist.new_group(backend="gloo")
+            return Checkpointer(folder, group, keep_last=9, local_dir=root / name / disk)
+
+        checkpointer = start(f"node{rank}")
+        live = divided_state(world_size, whole_state(5))
+        checkpointer.save(live.items(), 5, RECORD | {"step": 5}, keep=None)
+        checkpointer.wait()
+        with mock.patch.object(manifest, "copy_durably", side_effect=OSError(5, "not in reach")):
+            live = divided_state(world_size, whole_state(10))
+            checkpointer.save(live.items(), 10, RECORD | {"step": 10}, keep=None)
+            failed = message_of(checkpointer.wait)
+        checkpointer = start(again)
+        state = divided_state(world_size, zeros(whole_state()))
+        record = checkpointer.load(state, model=MODEL)
+        expected = divided_state(world_size, whole_state(record["step"]))
+        equal = all(torch.equal(local(state[n]), local(t)) for n, t in expected.items())
+        left = [str(path) for path in (root / name / again).rglob("*.safetensors")]
+        answers[name] = [record["step"], equal, left, failed]
+    return answers
+
+
+def test_what_had_only_reached_the_nodes_disks_is_carried_over(tmp_path):
+    for answer in run_distributed(save_on_nodes, 2, str(tmp_path)):
+        for _, equal, left, failed in answer.values():
+            assert equal
+            assert left == []
+            assert "step 10 could not be written" in failed
+            assert "not in reach (rank 0)" in failed
+        assert answer["kept"][0] == 10
+        assert answer["lost"][0] == 5, "another node came in the place of the second"
+    root = tmp_path / "kept" / "checkpoints"
+    assert manifest.newest_good(root) == (manifest.step_folder(root, 10), [])
+
+
 FILL_THE_DISK = """
 import json, sys
 from pathlib import Path
