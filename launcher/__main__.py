@@ -24,6 +24,7 @@ usage: foveate COMMAND ...
 commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
   export RUN        write a finished run as a bundle for another library
+  ckpt              list, verify, compare and remove the checkpoints of a run
   data              fetch, pack, index and verify data sets; show, bench and doctor what runs see
   replay RUN        make one step of a run again, and name the tensor that went bad
   demo              pretrain on CIFAR-10 in minutes, crash, resume and export
@@ -55,6 +56,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
         "export": lambda rest: python_module("trainer.export", rest),
+        "ckpt": checkpoints,
         "data": data,
         "replay": replay,
         "demo": demo,
@@ -126,6 +128,37 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     run_dir = rundir.prepare(config)
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)
+
+
+def checkpoints(arguments: list[str]) -> int:
+    """Look at the checkpoints of a run, or remove some."""
+    from . import checkpoints as commands
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(commands.USAGE, end="")
+        return 0
+    parser = _Parser(prog="foveate ckpt", add_help=False, allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, prog="foveate ckpt")
+    for action in ("ls", "verify", "rm"):
+        actions.add_parser(action, allow_abbrev=False).add_argument("run", type=Path)
+    actions.choices["rm"].add_argument("steps", type=int, nargs="+", metavar="STEP")
+    actions.choices["rm"].add_argument("--force", action="store_true")
+    compare = actions.add_parser("diff", allow_abbrev=False)
+    compare.add_argument("first", type=Path)
+    compare.add_argument("second", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        match options.action:
+            case "ls":
+                return commands.ls(options.run)
+            case "verify":
+                return commands.verify(options.run)
+            case "diff":
+                return commands.diff(options.first, options.second)
+            case _:
+                return commands.remove(options.run, options.steps, force=options.force)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
 def data(arguments: list[str]) -> int:

@@ -63,7 +63,10 @@ MODULES = {_module(path) for path in FILES}
 # What a package may import of the others. The trainer knows the public side of models and data;
 # launcher.process is how a worker learns its place in the run and reports its end.
 ALLOWED = {
-    "launcher": {"trainer.config", "trainer.recipes", "trainer.sections"},
+    "launcher": {
+        *("trainer.config", "trainer.recipes", "trainer.sections"),
+        *("trainer.manifest", "trainer.shardfile"),
+    },
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
         *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
@@ -87,7 +90,10 @@ EXCEPTIONS = {
 
 
 # Of the trainer, what the launcher imports, and what that imports in turn.
-TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"}
+TORCH_FREE = {
+    *("trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"),
+    *("trainer.manifest", "trainer.shardfile"),
+}
 
 
 def _allowed(importer: str, imported: str) -> bool:

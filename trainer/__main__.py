@@ -59,7 +59,10 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         trainer = Trainer(config, process)
         if trainer.run():
             return None
-        code, message = REQUEUE, f"step {trainer.state.step} is saved: start the run again to go on"
+        in_time = trainer.saved == trainer.state
+        done = "is saved" if in_time else "could not be saved in the time left"
+        code = REQUEUE
+        message = f"step {trainer.state.step} {done}: start the run again to go on"
     except (UserError, DataError, ModelError) as error:
         code, message = USER_ERROR, str(error)
     except BadNumericsError as error:

@@ -103,7 +103,8 @@ _POSITIVE = (
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
     "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
-    "checkpoint.keep_last", "log.every", "guard.window", "guard.record",
+    "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.grace", "log.every",
+    "guard.window", "guard.record",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
@@ -170,6 +171,9 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
     for name, (low, high) in (("crop_scale", data.crop_scale), ("crop_ratio", data.crop_ratio)):
         if not 0 < low <= high:
             yield f"data.{name} is {low} {high}: give two positive numbers, the smaller first"
+    local_dir = config.checkpoint.local_dir
+    if local_dir is not None and not Path(local_dir).is_absolute():
+        yield f"checkpoint.local_dir is {local_dir}: give an absolute path, the same on each node"
     if data.source == "ffcv_native":
         yield from _beyond_ffcv(config)
     try:

@@ -104,10 +104,7 @@ def _checkpoint_in(source: Path) -> Path:
         if found is None:
             raise UserError("; ".join(skipped) or f"{source} has no checkpoint yet")
         return found
-    try:
-        wrong = list(manifest.problems(source, manifest.read(source).files))
-    except ValueError as error:
-        wrong = [str(error)]
+    wrong = manifest.damage(source)
     if wrong:
         raise UserError(f"{source} is neither a run folder nor a whole checkpoint: {wrong[0]}")
     return source

@@ -6,6 +6,7 @@ what the loop does, it calls by name.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -76,8 +77,11 @@ class Trainer:
             self.run_dir / "checkpoints",
             gloo_group(),
             keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            local_dir=Path(local_dir) if (local_dir := config.checkpoint.local_dir) else None,
         )
-        self.state = self.saved = self._restore()
+        self.state = self._restore()
+        self.saved: TrainState | None = self.state
         self.group = gloo_group()
         self.signals = Signals(gloo_group())
         self.watchdog = Watchdog(self.run_dir, seconds=config.guard.hang_seconds)
@@ -141,7 +145,7 @@ class Trainer:
                     self._check_epoch()
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
-                    self._save()
+                    self._save(in_background=self.config.checkpoint.async_save)
         return self._finish()
 
     def _started(self) -> None:
@@ -308,15 +312,42 @@ class Trainer:
             for name, tensor in self.ema.average.items():
                 yield f"ema/{name}", self.backend.canonical(name, tensor)
 
-    def _save(self) -> None:
+    def _save(self, *, in_background: bool) -> None:
         self.watchdog.at("saving")
         self.metrics.flush()  # a run that goes on from here has reported every step before
         state = replace(self.state, cursor=self._settled_cursor())
-        record = {"state": state.to_dict(), "model": self.config.model.name}
+        record = {
+            "state": state.to_dict(),
+            "model": self.config.model.name,
+            "backend": self.config.backend.name,
+        }
+        begin = time.perf_counter()
         self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
-        self.saved = self.state
-        if not self.config.checkpoint.async_save:
+        if not in_background:
             self.checkpointer.wait()
+        self.saved = self.state
+        self.metrics.event("save", self.state.step, stall=time.perf_counter() - begin)
+
+    def _save_in_time(self) -> bool:
+        """Save what is in no checkpoint yet; return False if too little time is left for that.
+
+        Nothing is lost then: a checkpoint counts only when it is whole.
+        """
+        if self._is_whole_in_time() and self.state != self.saved:
+            left = self._seconds_left()
+            if all(gather(self.checkpointer.seconds < left, self.group)):
+                self._save(in_background=True)
+                self._is_whole_in_time()
+        return self.state == self.saved and all(gather(self.checkpointer.is_safe(), self.group))
+
+    def _is_whole_in_time(self) -> bool:
+        """Wait for the save under way; return whether all ranks saw its end in time."""
+        return all(gather(self.checkpointer.wait(self._seconds_left()), self.group))
+
+    def _seconds_left(self) -> float:
+        """The time until the first of all ranks is killed."""
+        here = self.signals.seconds_left(self.config.checkpoint.grace)
+        return min(map(float, gather(here, self.group)))
 
     def _settled_cursor(self) -> Cursor:
         """Return what all ranks together have to say of the data so far.
@@ -377,10 +408,13 @@ class Trainer:
 
     def _finish(self) -> bool:
         """Write what is left: the metrics, and a checkpoint if the state is in none."""
-        complete = self.state.step >= self.total_steps and not self._evaluation_is_due()
-        if self.state != self.saved:
-            self._save()
-        self.checkpointer.wait()
+        if not self._save_in_time():
+            self.saved = None
+        complete = (
+            self.state == self.saved
+            and self.state.step >= self.total_steps
+            and not self._evaluation_is_due()
+        )
         self.metrics.flush()
         self._check_numerics()
         if not complete:

@@ -17,6 +17,7 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 _REPLACED = "replaced_"  # begins the name of a checkpoint while another takes its place
+_REMOVED = "removed_"  # and of a folder on its way out
 
 
 class Fenced(RuntimeError):
@@ -60,6 +61,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:010d}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def staging_folder(root: Path, step: int, generation: int) -> Path:
     """Return the folder in which generation `generation` writes it before it is whole."""
     return root / f"writing_{step:010d}_by_{generation:05d}"
@@ -78,7 +84,13 @@ def commit(root: Path, manifest: Manifest) -> Path:
     aside = root / f"{_REPLACED}{final.name}"
     if final.exists():
         final.rename(aside)
-    staged.rename(final)
+    try:
+        staged.rename(final)
+    except FileNotFoundError:  # a newer start has just taken it away
+        if aside.exists():
+            aside.rename(final)
+        check_generation(root, manifest.generation)
+        raise
     _sync_folder(root)
     if aside.exists():
         shutil.rmtree(aside)
@@ -106,17 +118,30 @@ def read(folder: Path) -> Manifest:
         ValueError: if it is missing, not a manifest, or altered.
     """
     try:
-        text = (folder / MANIFEST).read_text()
+        return parse((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} {error}") from None
+
+
+def parse(text: str) -> Manifest:
+    """Read what to_json() returned.
+
+    Raises:
+        ValueError: if it is not a manifest, or altered.
+    """
+    try:
         values = json.loads(text)
         del values["sha256"]
         values["files"] = tuple(FileRecord(**record) for record in values["files"])
         found = Manifest(**values)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no {MANIFEST}, so it was never completed") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
     if found.to_json() != text:
-        raise ValueError(f"{folder / MANIFEST} does not match its hash")
+        raise ValueError("does not match its hash")
     return found
 
 
@@ -134,19 +159,24 @@ def problems(folder: Path, files: Iterable[FileRecord]) -> Iterator[str]:
             yield f"{path} cannot be read: {error.strerror}"
 
 
+def damage(folder: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, its every file hashed: nothing if it is good."""
+    try:
+        return list(problems(folder, read(folder).files))
+    except ValueError as error:
+        return [str(error)]
+
+
 def checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    return sorted(root.glob("step_*"))
+    return sorted(root.glob(f"step_{'[0-9]' * 10}"))
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files all match, and why newer ones were skipped."""
     skipped: list[str] = []
     for folder in reversed(checkpoints(root)):
-        try:
-            wrong = list(problems(folder, read(folder).files))
-        except ValueError as error:
-            wrong = [str(error)]
+        wrong = damage(folder)
         if not wrong:
             return folder, skipped
         skipped.append("; ".join(wrong))
@@ -158,8 +188,12 @@ def begin_generation(root: Path) -> int:
     root.mkdir(parents=True, exist_ok=True)
     generation = _generation(root) + 1
     write_atomically(root / "generation", str(generation))
-    for left in root.glob("writing_*"):
+    for left in root.glob(f"{_REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in root.glob("writing_*"):
+        # Taken away in one piece: a stale writer can put nothing half-removed into place.
+        away = left.rename(root / f"{_REMOVED}{left.name}")
+        shutil.rmtree(away, ignore_errors=True)
     for aside in root.glob(f"{_REPLACED}*"):
         final = root / aside.name.removeprefix(_REPLACED)
         if final.exists():
@@ -181,18 +215,53 @@ def check_generation(root: Path, generation: int) -> None:
 
 def _generation(root: Path) -> int:
     path = root / "generation"
-    return int(path.read_text()) if path.exists() else 0
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError:  # the disk has altered it: the checkpoints name the starts that wrote them
+        return max(map(_generation_of, checkpoints(root)), default=0)
+
+
+def _generation_of(folder: Path) -> int:
+    try:
+        return read(folder).generation
+    except ValueError:
+        return 0
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a crash leaves either the old or the new content."""
     beside = path.with_name(f"{path.name}.part")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(beside, [text.encode()])
     beside.replace(path)
     _sync_folder(path.parent)
+
+
+def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a file part by part, hashing what it is to hold; it then has reached the disk."""
+    digest, num_bytes = hashlib.sha256(), 0
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for part in parts:
+            digest.update(part)
+            num_bytes += len(part)
+            _write(handle, memoryview(part))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return FileRecord(name=path.name, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def copy_durably(source: Path, target: Path) -> FileRecord:
+    """Copy a file as write_durably() writes it."""
+    with source.open("rb") as file:
+        return write_durably(target, iter(lambda: file.read(2**24), b""))
+
+
+def _write(handle: int, data: memoryview) -> None:
+    while data:  # the kernel takes 2 GiB at most
+        data = data[os.write(handle, data) :]
 
 
 def _sync_folder(path: Path) -> None:

@@ -225,10 +225,16 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep_last: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep those of all steps that are a multiple of this too; unset keeps none for that."""
     keep_best: bool = True
     """Keep the checkpoint of the best evaluation too."""
     async_save: bool = True
     """Write in the background while training goes on."""
+    local_dir: str | None = None
+    """Folder on a fast disk of each node, to which saves go first, and from there to the run's."""
+    grace: float | None = None
+    """Seconds from a signal to the kill; a last save that takes longer is left. Unset: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

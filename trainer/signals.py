@@ -7,7 +7,10 @@ every rank has its data, for a rank whose data do not come would leave the other
 
 from __future__ import annotations
 
+import math
+import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -23,10 +26,12 @@ class Signals:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.received: str | None = None
+        self._since = math.inf
         for number in stopping_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._since = min(self._since, time.time())  # more signals give no more time
         self.received = signal.Signals(number).name
 
     def agree(self) -> bool:
@@ -45,6 +50,14 @@ class Signals:
         stop, _ = self._vote(waits=True)
         if stop:
             raise Stopped("a signal came while data were waited for")
+
+    def seconds_left(self, grace: float | None) -> float:
+        """Return how long this process may go on: infinity where nobody says.
+
+        It is killed `grace` seconds after the signal, or when its Slurm job ends.
+        """
+        end = float(os.environ.get("SLURM_JOB_END_TIME", math.inf))
+        return min(end, self._since + (math.inf if grace is None else grace)) - time.time()
 
     def _vote(self, *, waits: bool) -> tuple[bool, bool]:
         """Return whether any rank was told to stop, and whether any waits for data."""

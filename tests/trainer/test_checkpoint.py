@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.dist import run_distributed
 from tests.trainer.disk import on_small_disk
-from trainer import manifest
+from trainer import manifest, shardfile
 from trainer.checkpoint import Checkpointer, read_state
 from trainer.config import UserError
 
@@ -53,11 +56,6 @@ def local(tensor):
 
 def zeros(state):
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-
-
-def load_on(rank, world_size, root):
-    checkpointer = Checkpointer(Path(root), dist.new_group(backend="gloo"), keep_last=9)
-    return load_whole(checkpointer, world_size)
 
 
 def load_whole(checkpointer, world_size):
@@ -143,13 +141,11 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def test_what_two_ranks_saved_is_loaded_by_two_and_by_three(written_by_two):
-    root, answers = written_by_two
-    loaded = [answer["loaded"] for answer in answers]
-    for answer in [*loaded, *run_distributed(load_on, 3, str(root))]:
-        # The values at the moment of save(): that the live ones changed at once does not show.
-        assert_equal(answer["state"], whole_state())
-        assert answer["record"] == RECORD
+def test_a_save_has_the_values_of_its_moment(written_by_two):
+    for answer in written_by_two[1]:
+        # That the live ones changed at once does not show.
+        assert_equal(answer["loaded"]["state"], whole_state())
+        assert answer["loaded"]["record"] == RECORD
 
 
 def test_what_two_ranks_saved_is_loaded_by_one(written_by_two, alone):
@@ -172,21 +168,6 @@ def test_a_start_that_was_taken_for_dead_writes_nothing(written_by_two):
     assert {path.name for path in root.iterdir()} == {"generation", "step_0000000005"}
 
 
-def test_nothing_in_a_checkpoint_is_pickled(written_by_two):
-    root, _ = written_by_two
-    for path in (root / "step_0000000005").iterdir():
-        assert path.suffix in (".safetensors", ".json")
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            json.loads(content)
-            continue
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        header.pop("__metadata__")
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        assert len(content) == 8 + length + max(ends)
-
-
 def test_the_last_ones_and_the_best_are_kept(alone, tmp_path):
     checkpointer = Checkpointer(tmp_path, alone, keep_last=2)
     save(checkpointer, 5, 10, 15, 20, keep=5)
@@ -202,10 +183,47 @@ def test_the_last_ones_and_the_best_are_kept(alone, tmp_path):
     }
 
 
+def test_every_so_many_steps_one_is_kept_for_good(alone, tmp_path):
+    save(Checkpointer(tmp_path, alone, keep_last=1, keep_every=10), 5, 10, 15, 20, 24, 25, keep=5)
+    assert steps_in(tmp_path) == [5, 10, 20, 25]
+    state = zeros(whole_state())
+    assert load(tmp_path, alone, state) == RECORD | {"step": 25}
+
+
 def test_a_run_without_a_checkpoint_begins(alone, tmp_path):
     state = whole_state()
     assert load(tmp_path / "new", alone, state) is None
     assert_equal(state, whole_state())
+
+
+def test_the_format_before_is_named(alone, tmp_path):
+    folder = manifest.staging_folder(tmp_path, 5, 0)
+    folder.mkdir()
+    save_file(whole_state(), folder / "shard-00001.safetensors")
+    files = (manifest.describe(folder / "shard-00001.safetensors"),)
+    folder = manifest.commit(
+        tmp_path, manifest.Manifest(step=5, generation=0, files=files, record=RECORD)
+    )
+    message = message_of(lambda: load(tmp_path, alone, whole_state()))
+    assert message.startswith(f"{folder} is a checkpoint in the format of an earlier version")
+
+
+def test_a_save_that_takes_too_long_is_left_and_destroys_nothing(alone, tmp_path):
+    checkpointer = Checkpointer(tmp_path, alone, keep_last=1)
+    save(checkpointer, 5)
+    disk, write = threading.Event(), shardfile.write
+
+    def write_late(*arguments):
+        disk.wait()
+        return write(*arguments)
+
+    with mock.patch.object(shardfile, "write", write_late):
+        checkpointer.save(whole_state(10).items(), 10, RECORD, keep=None)
+        assert not checkpointer.wait(0.01)
+        assert manifest.newest_good(tmp_path) == (manifest.step_folder(tmp_path, 5), [])
+        disk.set()
+        assert checkpointer.wait()
+    assert steps_in(tmp_path) == [10]
 
 
 def truncate(folder):
@@ -257,6 +275,10 @@ def test_where_all_are_damaged_there_is_no_silent_fresh_start(alone, tmp_path):
         ),
         ({"weight/e": torch.zeros(2)}, "it holds weight/e not at all, the model has (2,)"),
         ({"step": torch.zeros(1)}, "it holds step in shape (), the model has (1,)"),
+        (
+            {"buffer/count": torch.tensor(0.0)},
+            "it holds buffer/count as I64 in place of torch.float32, the model has ()",
+        ),
     ],
 )
 def test_tensors_of_another_shape_are_refused(alone, tmp_path, change, said):
@@ -284,6 +306,48 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(alone, tmp_path):
     message = message_of(lambda: load(tmp_path, alone, whole_state(), model="transxnet_pico"))
     folder = tmp_path / "step_0000000005"
     assert message == f"{folder} is a checkpoint of transnext_pico, not of transxnet_pico"
+
+
+def save_on_nodes(rank, world_size, root):
+    """Save by way of two nodes' disks, without reaching the run folder, and start again."""
+    root, answers = Path(root), {}
+    disks = {"kept": f"node{rank}", "lost": f"other{rank}" if rank else "node0"}
+    for name, again in disks.items():
+        folder = root / name / "checkpoints"
+
+        def start(disk, folder=folder, name=name):
+            group = dist.new_group(backend="gloo")
+            return Checkpointer(folder, group, keep_last=9, local_dir=root / name / disk)
+
+        checkpointer = start(f"node{rank}")
+        live = divided_state(world_size, whole_state(5))
+        checkpointer.save(live.items(), 5, RECORD | {"step": 5}, keep=None)
+        checkpointer.wait()
+        with mock.patch.object(manifest, "copy_durably", side_effect=OSError(5, "not in reach")):
+            live = divided_state(world_size, whole_state(10))
+            checkpointer.save(live.items(), 10, RECORD | {"step": 10}, keep=None)
+            failed = message_of(checkpointer.wait)
+        checkpointer = start(again)
+        state = divided_state(world_size, zeros(whole_state()))
+        record = checkpointer.load(state, model=MODEL)
+        expected = divided_state(world_size, whole_state(record["step"]))
+        equal = all(torch.equal(local(state[n]), local(t)) for n, t in expected.items())
+        left = [str(path) for path in (root / name / again).rglob("*.safetensors")]
+        answers[name] = [record["step"], equal, left, failed]
+    return answers
+
+
+def test_what_had_only_reached_the_nodes_disks_is_carried_over(tmp_path):
+    for answer in run_distributed(save_on_nodes, 2, str(tmp_path)):
+        for _, equal, left, failed in answer.values():
+            assert equal
+            assert left == []
+            assert "step 10 could not be written" in failed
+            assert "not in reach (rank 0)" in failed
+        assert answer["kept"][0] == 10
+        assert answer["lost"][0] == 5, "another node came in the place of the second"
+    root = tmp_path / "kept" / "checkpoints"
+    assert manifest.newest_good(root) == (manifest.step_folder(root, 10), [])
 
 
 FILL_THE_DISK = """

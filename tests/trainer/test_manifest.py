@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -268,6 +269,40 @@ def test_a_stale_start_is_fenced_off(root):
         manifest.check_generation(root, 1)
     manifest.check_generation(root, 2)
     assert manifest.read(commit(root, 10, generation=2)).generation == 2
+
+
+def test_a_stale_start_that_is_overtaken_in_mid_commit_changes_nothing(root):
+    """The newer start comes right after the stale one has looked for it."""
+    good = commit(root, 5)
+    check, looks = manifest.check_generation, []
+
+    def overtaken(*arguments):
+        check(*arguments)
+        looks.append(arguments)
+        if len(looks) == 1:
+            manifest.begin_generation(root)
+
+    with mock.patch.object(manifest, "check_generation", overtaken), pytest.raises(Fenced):
+        commit(root, 5)
+    assert manifest.newest_good(root) == (good, [])
+    assert sorted(path.name for path in root.iterdir()) == ["generation", good.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"x"])
+def test_a_generation_that_the_disk_has_altered_is_counted_on(root, content):
+    for generation in (2, 3):
+        manifest.begin_generation(root)
+        commit(root, generation, generation=generation)
+    (root / "generation").write_bytes(content)
+    with pytest.raises(Fenced):
+        manifest.check_generation(root, 2)
+    assert manifest.begin_generation(root) == 4
+
+
+def test_folders_of_other_names_are_no_checkpoints(root):
+    folder = commit(root, 5)
+    (root / "step_0000000005_backup").mkdir()
+    assert manifest.checkpoints(root) == [folder]
 
 
 WRITER = """
