@@ -25,6 +25,7 @@ from .backends.base import Backend
 from .backends.ddp import DDPBackend
 from .backends.fsdp import FSDPBackend
 from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
+from .backends.zero import ZeroBackend
 from .checkpoint import Checkpointer
 from .config import RunConfig
 from .determinism import be_deterministic
@@ -38,9 +39,12 @@ from .signals import Signals
 from .state import TrainState
 from .task import classification
 
-BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend]] = {
+BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend] | type[ZeroBackend]] = {
     "ddp": DDPBackend,
     "fsdp": FSDPBackend,
+    "zero1": ZeroBackend,
+    "zero2": ZeroBackend,
+    "zero3": ZeroBackend,
 }
 
 
@@ -67,8 +71,8 @@ class Trainer:
             self._fit(side)
         wrap_blocks(self.bare_model, config.memory)
         synchronise_batch_norm(self.bare_model)
-        self.backend: Backend = BACKENDS[config.backend.name](self.device)
-        self.model = self.backend.setup(self.bare_model, config.optim)
+        self.backend: Backend = BACKENDS[config.backend.name](self.device, config)
+        self.model = self.backend.setup(self.bare_model)
         decay = config.train.ema_decay
         self.ema = EMA(self.backend.local_tensors(), decay) if decay > 0 else None
         self.checkpointer = Checkpointer(
@@ -283,6 +287,9 @@ class Trainer:
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())
         self.backend.import_state(state)
+        if self.ema is not None:
+            for name, tensor in self.ema.average.items():
+                tensor.copy_(self.backend.local_part(name, state[f"ema/{name}"]))
         return TrainState.from_dict(record["state"])
 
     def _announce(self) -> None:

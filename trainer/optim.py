@@ -7,7 +7,7 @@ does not care, and the same code serves every backend. The schedule is a pure fu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,22 +35,24 @@ class ParameterGroup:
 
 
 def parameter_groups(model: Backbone) -> list[ParameterGroup]:
-    """Return groups that name every parameter of `model` exactly once; one may be empty."""
+    """Return groups that name every parameter of `model` exactly once, none of them empty."""
     names: dict[bool, list[str]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         names[not model.no_weight_decay(name, parameter)].append(name)
-    return [ParameterGroup(names=tuple(found), decayed=key) for key, found in names.items()]
+    return [
+        ParameterGroup(names=tuple(found), decayed=key) for key, found in names.items() if found
+    ]
 
 
 def adamw(
-    tensors: dict[str, Tensor], groups: Sequence[ParameterGroup], config: OptimConfig
+    tensors: Mapping[str, Tensor], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """Return AdamW (https://arxiv.org/abs/1711.05101) over `tensors`, with its state made.
+    """Return AdamW (https://arxiv.org/abs/1711.05101) over `tensors`; see `make_state`.
 
     The fused form is asked for because it can leave an update out on the device's own decision
     (`found_inf`), without a host sync.
     """
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": [tensors[name] for name in group.names], "decayed": group.decayed}
             for group in groups
@@ -59,13 +61,16 @@ def adamw(
         eps=config.eps,
         fused=True,
     )
-    for tensor in tensors.values():
+
+
+def make_state(optimizer: torch.optim.AdamW, tensors: Iterable[Tensor]) -> None:
+    """Give the tensors that `optimizer` steps the state before its first step, to be saved."""
+    for tensor in tensors:
         optimizer.state[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
             "exp_avg": torch.zeros_like(tensor),
             "exp_avg_sq": torch.zeros_like(tensor),
         }
-    return optimizer
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:

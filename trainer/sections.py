@@ -179,8 +179,15 @@ class OptimConfig:
 class BackendConfig:
     """How the model is spread over processes."""
 
-    name: Literal["ddp", "fsdp"] = "ddp"
-    """ddp replicates the training state, fsdp (FSDP2) shards it over all processes."""
+    name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """ddp replicates the training state, fsdp (FSDP2) shards it, zero1 to zero3 are DeepSpeed's."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: the optimizer's state, or (zero3) weights too."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage: 1 divides the optimizer's state, 2 gradients too, 3 weights too; else 0."""
+        return int(self.name[4:]) if self.name.startswith("zero") else 0
 
 
 @dataclass(frozen=True, kw_only=True)

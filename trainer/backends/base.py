@@ -17,12 +17,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from data.base import Shard
 from models.base import Backbone
+from trainer.config import RunConfig
 from trainer.group import gather
-from trainer.optim import Hyper, adamw, parameter_groups, set_hyper
-from trainer.sections import OptimConfig
+from trainer.optim import Hyper, adamw, make_state, parameter_groups, set_hyper
 
 CanonicalState = dict[str, Tensor]
 """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`, each a plain tensor
@@ -53,7 +54,7 @@ class Backend(Protocol):
         """The share of every batch that this process works on."""
         ...
 
-    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+    def setup(self, model: Backbone) -> nn.Module:
         """Spread an initialised model on `device`, make the optimizer, return what to call."""
         ...
 
@@ -75,6 +76,10 @@ class Backend(Protocol):
 
     def canonical(self, name: str, local: Tensor) -> Tensor:
         """Dress a tensor laid out like the local part of `name` as its share of the whole."""
+        ...
+
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return of a canonical tensor what is laid out like the local part of `name`."""
         ...
 
     def refresh(self) -> None:
@@ -99,18 +104,19 @@ class TorchBackend(ABC):
     Subclasses say how the model is wrapped, what the local part is, and how to add up over ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, config: RunConfig) -> None:
         self.device = device
-        self.data_shard = _data_shard()
+        self.config = config
+        self.data_shard = data_shard()
 
-    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+    def setup(self, model: Backbone) -> nn.Module:
         """See Backend.setup."""
         self.model = model
-        self.clip_grad = optim.clip_grad
         wrapped = self.wrap(model)
         self.parameters = dict(model.named_parameters())
         self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
-        self.optimizer = adamw(self.locals, parameter_groups(model), optim)
+        self.optimizer = adamw(self.locals, parameter_groups(model), self.config.optim)
+        make_state(self.optimizer, self.locals.values())
         return wrapped
 
     @abstractmethod
@@ -143,8 +149,8 @@ class TorchBackend(ABC):
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(grads)).square().sum()
         grad_norm = self.sum_over_shards(squares).sqrt()
-        if self.clip_grad is not None:
-            torch._foreach_mul_(grads, (self.clip_grad / (grad_norm + 1e-6)).clamp(max=1.0))
+        if (limit := self.config.optim.clip_grad) is not None:
+            torch._foreach_mul_(grads, (limit / (grad_norm + 1e-6)).clamp(max=1.0))
         skipped = (~grad_norm.isfinite()).float()
         for name, parameter in self.parameters.items():
             grad = parameter.grad
@@ -157,15 +163,14 @@ class TorchBackend(ABC):
         self.optimizer.zero_grad()
         return StepInfo(grad_norm, skipped)
 
-    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The buffers that are part of the training state, by name."""
-        kept = self.model.state_dict(keep_vars=True)
-        return ((name, b) for name, b in self.model.named_buffers() if name in kept)
-
     def local_tensors(self) -> dict[str, Tensor]:
         """See Backend.local_tensors."""
-        floating = {name: b for name, b in self._buffers() if b.is_floating_point()}
+        floating = {name: b for name, b in saved_buffers(self.model) if b.is_floating_point()}
         return {**self.locals, **floating}
+
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
+        """See Backend.local_part."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def refresh(self) -> None:  # noqa: B027
         """See Backend.refresh: the local tensors are what it computes with."""
@@ -176,7 +181,7 @@ class TorchBackend(ABC):
             yield f"weight/{name}", self.canonical(name, local)
             for moment in MOMENTS:
                 yield f"{moment}/{name}", self.canonical(name, self.optimizer.state[local][moment])
-        for name, buffer in self._buffers():
+        for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
         yield "step", next(iter(self.optimizer.state.values()))["step"].clone()
 
@@ -189,7 +194,13 @@ class TorchBackend(ABC):
             held["step"].copy_(state["step"])
 
 
-def _data_shard() -> Shard:
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that are part of the training state, by name."""
+    kept = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def data_shard() -> Shard:
     """Return this rank's share of the data, and which ranks run on its machine beside it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hosts = gather(socket.gethostname())
