@@ -202,6 +202,7 @@ def _deepspeed(device: torch.device) -> Any:
         UserError: if it is not installed.
     """
     os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # by which it finds its GPU
     try:
         import deepspeed
         import deepspeed.ops
