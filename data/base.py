@@ -40,8 +40,9 @@ class Cursor:
     `index` is the fingerprint of the data set, so that a checkpoint cannot be continued on
     other data unnoticed; `lanes` and `window` are those of the order, 0 and 0 if it is the full
     one. `quarantine` are the ids, rising, that could not be used and were replaced; `audit` is of
-    what was shown of this epoch, or, at its very beginning, of the epoch before. Of the last two a
-    rank knows its own part: `ledger.settle` puts them together.
+    what was shown of this epoch, or, at its very beginning, of the epoch before, and `replaced` of
+    the samples in whose place others were shown. Of the last three a rank knows its own part:
+    `ledger.settle` puts them together.
     """
 
     epoch: int
@@ -52,6 +53,7 @@ class Cursor:
     window: int = 0
     quarantine: tuple[int, ...] = ()
     audit: Audit = Audit()
+    replaced: Audit = Audit()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable form: under 1 KB with up to 60 samples in quarantine."""
@@ -60,8 +62,8 @@ class Cursor:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cursor:
         """Read what to_dict() returned, or what JSON made of it."""
-        audit, quarantine = Audit(**values["audit"]), tuple(values["quarantine"])
-        return cls(**{**values, "audit": audit, "quarantine": quarantine})
+        audits = {name: Audit(**values[name]) for name in ("audit", "replaced")}
+        return cls(**{**values, **audits, "quarantine": tuple(values["quarantine"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +102,10 @@ class Batch:
     [B]; `ids` int64 [B], the samples' places in the data set; `planned` int64 [B], the same but
     for samples that had to be replaced, where it names those; `positions` int64 [B], their places
     in the epoch's order; `valid` bool [B], False for padding (evaluation only). `epoch` counts
-    from 0. `images`, `labels` and `valid` are on the training device; `ids`, `planned` and
-    `positions` stay on the CPU, where the randomness that hangs on them is derived without waiting
-    for the device.
+    from 0; `weight` is what a mean over this rank's samples counts for in the mean over ranks: 1
+    where all have as many. `images`, `labels` and `valid` are on the training device; `ids`,
+    `planned` and `positions` stay on the CPU, where the randomness that hangs on them is derived
+    without waiting for the device.
     """
 
     images: Tensor
@@ -112,6 +115,7 @@ class Batch:
     positions: Tensor
     valid: Tensor
     epoch: int
+    weight: float = 1.0
 
 
 class Source(Protocol):

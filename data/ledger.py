@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,14 +46,13 @@ def add(first: Audit, second: Audit) -> Audit:
 def settle(cursors: Sequence[Cursor]) -> Cursor:
     """Return the cursor that all ranks agree on, from the one that each was given at one moment.
 
-    Their audits are added and their quarantines united; in the rest they must be equal.
+    What they counted is added and their quarantines are united; in the rest they must be equal.
     """
-    total, quarantine = Audit(), set[int]()
-    for cursor in cursors:
-        total = add(total, cursor.audit)
-        quarantine.update(cursor.quarantine)
-    settled = replace(cursors[0], audit=total, quarantine=tuple(sorted(quarantine)))
-    for cursor in cursors:
-        same = replace(cursor, audit=total, quarantine=settled.quarantine)
-        assert same == settled, f"ranks stand at different places: {cursor}, {cursors[0]}"
-    return settled
+    audit = reduce(add, (cursor.audit for cursor in cursors))
+    replaced = reduce(add, (cursor.replaced for cursor in cursors))
+    quarantine = tuple(sorted(set[int]().union(*(cursor.quarantine for cursor in cursors))))
+    settled = {
+        replace(cursor, audit=audit, replaced=replaced, quarantine=quarantine) for cursor in cursors
+    }
+    assert len(settled) == 1, f"ranks stand at different places: {cursors}"
+    return settled.pop()

@@ -43,6 +43,7 @@ class Plan:
     size: int
     render: Render
     cursor: Cursor
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,4 +186,5 @@ class Loader:
             positions=torch.from_numpy(plan.positions),
             valid=to_device(valid, self._device),
             epoch=plan.epoch,
+            weight=plan.weight,
         )

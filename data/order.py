@@ -20,6 +20,7 @@ from data.base import DataError, Source
 from data.permutation import ROUNDS, permute
 from data.randomness import Purpose, random_bits
 
+PARTNERS = 2  # neighbouring positions that lie in one lane, as they may be mixed with each other
 _REPEAT_BLOCK = 64  # images whose copies stand together when samples are repeated
 _MIXED = 0.5  # of the class entropy that a shard could have, the least that a shuffled one has
 _NEVER = np.int64(1) << np.int64(62)
@@ -51,7 +52,7 @@ class Shuffle(Protocol):
         """Return the ids that have no position in `epoch`, int64."""
         ...
 
-    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+    def next_use(self, epoch: int, place: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return in how many places of a lane each shard is next read by any of `lanes`.
 
         It is asked at `place` of `epoch`. int64 [num_shards], or one number for all shards.
@@ -82,7 +83,7 @@ class FullShuffle:
         """None: every sample has a position."""
         return np.empty(0, np.int64)
 
-    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+    def next_use(self, epoch: int, place: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
         """At any moment any shard may be next."""
         return np.zeros(1, np.int64)
 
@@ -92,10 +93,10 @@ class StreamShuffle:
     """An order that reads few shards at a time: their order is shuffled, then samples locally.
 
     The shards of `shard_sizes` int64 [num_shards], permuted, lie end to end and are cut into
-    `lanes` equal parts; what does not divide is left out, other samples in each epoch. Position p
-    is place p div lanes of lane p mod lanes, where samples are shuffled within windows of about
-    `window` consecutive ones. Memory is O(num_shards). Raises DataError for fewer samples than
-    lanes.
+    `lanes` equal parts; what does not divide is left out, other samples in each epoch. Partners,
+    positions 2j and 2j+1, are neighbours in lane j mod lanes, at places from 2 (j div lanes) on;
+    in a lane samples are shuffled within windows of about `window` consecutive ones. Memory is
+    O(num_shards). Raises DataError for fewer samples than two a lane.
     """
 
     shard_sizes: NDArray[np.int64]
@@ -108,13 +109,14 @@ class StreamShuffle:
             raise DataError(f"lanes {self.lanes} and window {self.window} must be at least 1")
         if self.lane_length < 1:
             raise DataError(
-                f"{self.shard_sizes.sum()} samples do not fill {self.lanes} lanes: use fewer"
+                f"{self.shard_sizes.sum()} samples do not fill {self.lanes} lanes with two each: "
+                "use fewer"
             )
 
     @property
     def lane_length(self) -> int:
         """Number of samples in a lane."""
-        return int(self.shard_sizes.sum()) // self.lanes
+        return int(self.shard_sizes.sum()) // (self.lanes * PARTNERS) * PARTNERS
 
     @property
     def num_positions(self) -> int:
@@ -123,7 +125,8 @@ class StreamShuffle:
 
     def ids(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Shuffle`."""
-        lane, place = positions % self.lanes, positions // self.lanes
+        pair, member = np.divmod(positions, PARTNERS)
+        lane, place = pair % self.lanes, pair // self.lanes * PARTNERS + member
         window = self._window(place)
         start, end = self._window_start(window), self._window_start(window + 1)
         number = lane * self._num_windows + window
@@ -135,7 +138,7 @@ class StreamShuffle:
         """See `Shuffle`: what lies behind the last lane."""
         return self._ids_along(epoch, np.arange(self.num_positions, self.shard_sizes.sum()))
 
-    def next_use(self, epoch: int, place: int, lanes: range) -> NDArray[np.int64]:
+    def next_use(self, epoch: int, place: int, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Shuffle`.
 
         0 is within the windows that stand at `place` of `epoch`; shards that are read neither in
@@ -149,14 +152,16 @@ class StreamShuffle:
         nearest: NDArray[np.int64] = np.concatenate([soon, later, limit[None]]).min(axis=0)
         return nearest
 
-    def _uses(self, epoch: int, lanes: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _uses(
+        self, epoch: int, lanes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the places [start, end) at which each lane reads each shard: [lanes, shards].
 
         They are those of whole windows; where a lane does not read a shard, start is far beyond
         any place and end is 0.
         """
         shards, ends = self._layout(epoch)
-        first = np.array(lanes)[:, None] * self.lane_length
+        first = lanes[:, None] * self.lane_length
         start = np.clip(ends - self.shard_sizes[shards] - first, 0, self.lane_length)
         end = np.clip(ends - first, 0, self.lane_length)
         used = end > start

@@ -123,7 +123,7 @@ class ImagePipeline:
         """Yield this shard's micro-batches from `start` on, each with the cursor that follows it.
 
         Raises DataError if the cursor belongs to other data, another seed or order, if the global
-        batch does not divide, and, when its turn comes, for samples that cannot be used, once
+        batch is too small, and, when its turn comes, for samples that cannot be used, once
         there are more of them than may be replaced.
         """
         self._check(start)
@@ -144,12 +144,16 @@ class ImagePipeline:
         return audit(np.flatnonzero(everything))
 
     def check_epoch(self, cursor: Cursor) -> None:
-        """Raise DataError unless the epoch before the settled `cursor` showed each sample once."""
+        """Raise DataError unless the epoch before the settled `cursor` showed each sample once.
+
+        Or, where one could not be used, another in its place.
+        """
         assert cursor.samples == 0, f"{cursor} is not the end of an epoch"
         expected = self.expected(cursor.epoch - 1)
-        if cursor.audit != expected:
+        found = add(cursor.audit, cursor.replaced)
+        if found != expected:
             raise DataError(
-                f"epoch {cursor.epoch - 1} did not show every sample once: {cursor.audit} instead "
+                f"epoch {cursor.epoch - 1} did not show every sample once: {found} instead "
                 f"of {expected}; go back to a checkpoint before it and report this"
             )
 
@@ -174,19 +178,25 @@ class ImagePipeline:
     def _batches(self, start: Cursor, shard: Shard) -> Generator[tuple[Batch, Cursor]]:
         self._loader.quarantine = set(start.quarantine)
         epoch = start.epoch
-        shown = start.audit if shard.rank == 0 and start.samples > 0 else Audit()
+        shown = replaced = Audit()
+        if shard.rank == 0 and start.samples > 0:
+            shown, replaced = start.audit, start.replaced
         part = self.schedule.take(start, shard)
         foretold = self._foretell(part.epoch, part.positions, shard, foretold=None)
         with closing(self._loader.stream(self._plans(start, shard))) as stream:
             for batch, cursor in stream:
                 positions = batch.positions.numpy()
                 foretold = self._foretell(batch.epoch, positions, shard, foretold=foretold)
-                shown = shown if batch.epoch == epoch else Audit()
+                if batch.epoch != epoch:
+                    shown = replaced = Audit()
                 epoch = batch.epoch
-                shown = add(shown, audit(batch.planned.numpy()))
+                planned = batch.planned.numpy()
+                as_planned = planned == batch.ids.numpy()
+                shown = add(shown, audit(planned[as_planned]))
+                replaced = add(replaced, audit(planned[~as_planned]))
                 quarantine = tuple(sorted(self._loader.quarantine))
                 self.check_replaced(quarantine)
-                yield batch, replace(cursor, audit=shown, quarantine=quarantine)
+                yield batch, replace(cursor, audit=shown, replaced=replaced, quarantine=quarantine)
 
     def check_replaced(self, quarantine: Sequence[int]) -> None:
         """Raise DataError, naming some, if more samples had to be replaced than may be."""
@@ -213,6 +223,7 @@ class ImagePipeline:
                 size=self.augment.size_at(part.epoch),
                 render=partial(self.augment.render, seed=self.seed, epoch=part.epoch),
                 cursor=cursor,
+                weight=part.weight,
             )
 
     def _foretell(

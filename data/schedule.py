@@ -1,7 +1,8 @@
 """Who reads what when: an epoch cut into global batches, micro-batches and ranks.
 
 Invariant: global batch k of an epoch is positions [k·G, (k+1)·G), on any number of processes and
-however it is accumulated; so a cursor of two integers says where the stream stands.
+however it is accumulated; so a cursor of two integers says where the stream stands. Where ranks do
+not divide a batch, some have one group of images more than others, and losses are weighted by it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base import Cursor, DataError, Shard
+from data.order import PARTNERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One rank's share of one micro-batch: its positions in `epoch`, and the cursor after it."""
+    """One rank's share of one micro-batch: its positions in `epoch`, and the cursor after it.
+
+    The mean over ranks of `weight` times each one's mean is the mean over the micro-batch.
+    """
 
     epoch: int
     positions: NDArray[np.int64]
+    weight: float
     cursor: Cursor
 
 
@@ -31,8 +37,8 @@ class Schedule:
     The last num_positions mod global_batch positions of an epoch are left out; which samples stand
     there differs from epoch to epoch. `mix_group` neighbours always go to one rank together: 2
     where samples are mixed in pairs. Where the order has `lanes`, each rank keeps to lanes of its
-    own as far as they divide among the ranks, so that no two read the same shard. Raises DataError
-    if the data set is smaller than a batch.
+    own as far as they and a micro-batch divide among the ranks, so that no two read the same shard.
+    Raises DataError if the data set is smaller than a batch, or a micro-batch tears a group.
     """
 
     num_positions: int
@@ -52,6 +58,11 @@ class Schedule:
                 f"the data set has {self.num_positions} samples, fewer than one global batch of "
                 f"{self.global_batch}: lower the global batch"
             )
+        if self.global_batch % (self.micro_batches * self.mix_group):
+            raise DataError(
+                f"global batch {self.global_batch} does not divide by {self.micro_batches} "
+                f"micro-batches × {self.mix_group} images that are mixed"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,23 +74,26 @@ class Schedule:
         """Number of positions in those batches."""
         return self.steps_per_epoch * self.global_batch
 
+    @property
+    def _groups(self) -> int:
+        """Number of groups that stay together in a micro-batch."""
+        return self.global_batch // (self.micro_batches * self.mix_group)
+
     def check(self, shard: Shard) -> None:
-        """Raise DataError unless every rank gets a whole number of samples, or of mixed groups."""
+        """Raise DataError unless every rank gets at least one group of every micro-batch."""
         ranks, parts, group = shard.world_size, self.micro_batches, self.mix_group
-        divisor = ranks * parts * group
-        if self.global_batch % divisor:
+        if self._groups < ranks:
             mixed = "" if group == 1 else f" × {group} images that are mixed"
             raise DataError(
-                f"global batch {self.global_batch} does not divide by {divisor} = {ranks} "
-                f"processes × {parts} micro-batches{mixed}: use "
-                f"{max(1, round(self.global_batch / divisor)) * divisor}"
+                f"global batch {self.global_batch} is too small for {ranks} processes × {parts} "
+                f"micro-batches{mixed}: use at least {ranks * parts * group}, or fewer processes"
             )
 
     def take(self, cursor: Cursor, shard: Shard) -> Slice:
         """Return the micro-batch that starts at `cursor`, as `shard` sees it.
 
-        Raises DataError if the batch does not divide among the ranks, or the cursor does not
-        stand on the boundary of a micro-batch.
+        Raises DataError if a rank would get nothing, or the cursor does not stand on the boundary
+        of a micro-batch.
         """
         self.check(shard)
         micro = self.global_batch // self.micro_batches
@@ -97,33 +111,38 @@ class Schedule:
             if after < self.used_positions
             else replace(cursor, epoch=cursor.epoch + 1, samples=0)
         )
-        positions = cursor.samples + self._share(micro, shard)
-        return Slice(epoch=cursor.epoch, positions=positions, cursor=following)
+        share = self._share(shard)
+        return Slice(
+            epoch=cursor.epoch,
+            positions=cursor.samples + share,
+            weight=len(share) * shard.world_size / micro,
+            cursor=following,
+        )
 
-    def lanes_of(self, first_rank: int, num_ranks: int, world_size: int) -> range:
-        """Return which lanes some neighbouring ranks read."""
+    def lanes_of(self, first_rank: int, num_ranks: int, world_size: int) -> NDArray[np.int64]:
+        """Return which lanes some neighbouring ranks read, int64."""
+        lanes = np.arange(self.lanes, dtype=np.int64)
         if not self._keeps_lanes(world_size):
-            return range(self.lanes)
-        width = self.lanes // world_size
-        return range(first_rank * width, (first_rank + num_ranks) * width)
+            return lanes
+        rank = lanes % world_size
+        return lanes[(first_rank <= rank) & (rank < first_rank + num_ranks)]
 
     def _keeps_lanes(self, world_size: int) -> bool:
         """Whether every rank can have lanes of its own."""
         micro = self.global_batch // self.micro_batches
         return (
-            self.lanes > 0
-            and micro % self.lanes == 0
-            and self.lanes % (world_size * self.mix_group) == 0
+            self.lanes > 0 and micro % (world_size * PARTNERS) == 0 and self.lanes % world_size == 0
         )
 
-    def _share(self, micro: int, shard: Shard) -> NDArray[np.int64]:
-        """Return which of the `micro` positions of a micro-batch a rank has, int64, rising."""
-        if self._keeps_lanes(shard.world_size):
-            lanes = self.lanes_of(shard.rank, 1, shard.world_size)
-            rows = np.arange(0, micro, self.lanes, dtype=np.int64)
-            return np.add.outer(rows, np.array(lanes, np.int64)).ravel()
-        share = micro // shard.world_size
-        return np.arange(shard.rank * share, (shard.rank + 1) * share, dtype=np.int64)
+    def _share(self, shard: Shard) -> NDArray[np.int64]:
+        """Return which positions of a micro-batch a rank has, int64, rising."""
+        rank, world_size, group = shard.rank, shard.world_size, self.mix_group
+        if self._keeps_lanes(world_size):
+            micro = self.global_batch // self.micro_batches
+            first = np.arange(rank * PARTNERS, micro, world_size * PARTNERS, dtype=np.int64)
+            return np.add.outer(first, np.arange(PARTNERS, dtype=np.int64)).ravel()
+        start, end = (self._groups * r // world_size for r in (rank, rank + 1))
+        return np.arange(start * group, end * group, dtype=np.int64)
 
 
 def evaluation_ids(

@@ -149,9 +149,10 @@ class Trainer:
                     images, targets = self.mix(batch)
                     noise, z_loss = self._drop_noise(batch), self.config.train.z_loss
                     loss = classification(self.model, images, targets, noise, z_loss=z_loss)
-                self.backend.backward(loss.total / accumulate)
+                share = batch.weight / accumulate
+                self.backend.backward(loss.total * share)
             for name, part in loss.parts.items():
-                values[name] = values.get(name, torch.zeros_like(part)) + part / accumulate
+                values[name] = values.get(name, torch.zeros_like(part)) + part * share
         info = self.backend.apply(hyper)
         if self.ema is not None:
             self.ema.update()
@@ -267,13 +268,14 @@ class Trainer:
         """Prove that the epoch that ended showed each image once."""
         cursor = self._settled_cursor()
         self.pipeline.check_epoch(cursor)
-        if cursor.audit.count == 0:
+        if cursor.audit.count + cursor.replaced.count == 0:
             return  # a loader that keeps no account
         self.metrics.event(
             "audit",
             self.state.step,
             epoch=cursor.epoch - 1,
             shown=cursor.audit.count,
+            replaced=cursor.replaced.count,
             quarantined=len(cursor.quarantine),
         )
 

@@ -327,7 +327,7 @@ def test_a_stream_from_s3_through_a_small_cache_is_the_local_one(folder, tmp_pat
     sizes = np.array([(folder / name).stat().st_size for name in NAMES])
 
     def expected(number):
-        return shuffle.next_use(number // places, number % places * 12, range(2))
+        return shuffle.next_use(number // places, number % places * 12, np.arange(2))
 
     least = max((expected(number) == 0).sum() for number in range(2 * places)) + 2
     limit = int(np.sort(sizes)[-least:].sum())

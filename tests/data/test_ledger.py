@@ -87,10 +87,12 @@ def test_the_audit_starts_anew_with_each_epoch():
 
 def test_ranks_settle_on_one_cursor():
     ranks = [
-        replace(CURSOR, quarantine=(3, 9), audit=Audit(count=4, sum=2**64 - 1, xor=5)),
+        replace(CURSOR, quarantine=(3, 9), audit=Audit(count=3, sum=2**64 - 1, xor=5)),
         replace(CURSOR, quarantine=(1, 9), audit=Audit(count=4, sum=2, xor=6)),
     ]
+    ranks[0] = replace(ranks[0], replaced=Audit(count=1, sum=7, xor=7))
     settled = settle(ranks)
-    assert settled == replace(CURSOR, quarantine=(1, 3, 9), audit=Audit(count=8, sum=1, xor=3))
+    counted = {"audit": Audit(count=7, sum=1, xor=3), "replaced": Audit(count=1, sum=7, xor=7)}
+    assert settled == replace(CURSOR, quarantine=(1, 3, 9), **counted)
     with pytest.raises(AssertionError, match="different places"):
         settle([CURSOR, replace(CURSOR, samples=16)])

@@ -41,8 +41,9 @@ def test_a_run_goes_on_with_another_image_in_its_place(shards, tmp_path, order):
     arguments = ["--data.order", order, "--data.lanes", "4", "--data.window", "9"]
     run = run_on(shards, tmp_path / "run", "--data.max-bad", "0.01", *arguments)
     code = launch(run, num_processes=2)
-    audits = [(line["epoch"], line["shown"], line["quarantined"]) for line in lines(run, "audit")]
-    assert audits == [(0, 120, 1), (1, 120, 1)]
+    counts = ("epoch", "shown", "replaced", "quarantined")
+    audits = [tuple(line[name] for name in counts) for line in lines(run, "audit")]
+    assert audits == [(0, 119, 1, 1), (1, 119, 1, 1)]
     log = "".join(path.read_text() for path in (run / "logs").glob("rank_*.log"))
     # Either rank may be the one that comes upon it, in either epoch; each says so once.
     assert 1 <= log.count("train-000001.tar:000000067.png (sample 67) has changed") <= 2

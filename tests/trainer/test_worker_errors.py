@@ -175,10 +175,10 @@ def test_a_wrong_number_of_classes_names_the_setting(case):
     assert_one_line(done, f"{case.folder / 'train'} {said}")
 
 
-def test_a_batch_that_does_not_divide_among_the_processes_names_one_that_does(case):
-    arguments = ("--run-dir", str(case.folder / "new"), "--nproc", "2", "--train.batch-size", "26")
+def test_a_batch_that_is_too_small_for_the_processes_names_one_that_is_not(case):
+    arguments = ("--run-dir", str(case.folder / "new"), "--nproc", "2", "--train.batch-size", "2")
     done = pretrain(command(case.run, case.folder, *arguments))
-    assert_one_line(done, "global batch 26 does not divide by 4 = 2 processes", "use 24")
+    assert_one_line(done, "global batch 2 is too small for 2 processes", "use at least 4")
 
 
 def test_a_single_image_without_company_cannot_be_batch_normalised(case):
