@@ -29,7 +29,7 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         )
     if memory.compile and memory.checkpointing == "selective":
         yield (
-            "memory.checkpointing selective cannot see the matrix products in compiled blocks: "
+            "memory.checkpointing selective cannot see the linear layers in compiled blocks: "
             "use memory.checkpointing full, or leave memory.compile out"
         )
     if memory.offload_activations and memory.checkpointing in ("full", "selective", "1,2,3,4"):

@@ -215,8 +215,8 @@ class MemoryConfig:
     """Memory against time."""
 
     checkpointing: str = "none"
-    """Activation checkpointing: none, full, selective (full, but keeps matrix products), or the
-    stages to recompute, such as 1,2."""
+    """Activation checkpointing: none, full, selective (full, but keeps linear layers' outputs), or
+    the stages to recompute, such as 1,2."""
     offload_activations: bool = False
     """Move what blocks that are not recomputed keep for the backward pass to the CPU's memory."""
     compile: bool = False

@@ -1,14 +1,15 @@
 """From a model's name to a model that is ready to be sharded: the one place that wraps blocks.
 
 Order: meta device -> materialise, NaN-filled so that a forgotten initialisation is loud -> weights
-and buffers -> activation checkpointing or offload around compilation, block by block. Weights are drawn
-before sharding, from the seed alone, so that every backend and world size starts from the same.
+and buffers -> activation checkpointing or offload around compilation, block by block. Weights are
+drawn before sharding, from the seed alone, so that every backend and world size starts from the
+same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -33,13 +34,9 @@ COMPILE: dict[str, Any] = {
     "options": {"layout_optimization": False},
 }
 
-# What selective checkpointing keeps instead of computing it again.
-PRODUCTS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.convolution.default,
-]
+# What selective checkpointing keeps instead of computing it again: what linear layers return. The
+# models change attention's products and convolutions in place, so those cannot be kept.
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 """Around a forward pass, and around its repetition."""
@@ -109,15 +106,13 @@ def _contexts() -> Contexts:
 
 
 def _selective_contexts() -> Contexts:
-    first, again = create_selective_checkpoint_contexts(PRODUCTS)
-    return first, _nested(again, recomputing())
+    first, again = create_selective_checkpoint_contexts(PRODUCTS)  # type: ignore[no-untyped-call]
+    return first, _both(recomputing(), again)
 
 
 @contextmanager
-def _nested(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
         yield
 
 
@@ -132,7 +127,7 @@ def _to_cpu(saved: Tensor) -> tuple[torch.device, Tensor]:
     if saved.is_leaf or (saved._base is not None and saved._base.is_leaf):
         return saved.device, saved
     pinned = saved.device.type == "cuda"
-    held = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=pinned)
+    held = torch.empty_like(saved, device="cpu", pin_memory=pinned)
     return saved.device, held.copy_(saved, non_blocking=pinned)
 
 
