@@ -87,7 +87,10 @@ EXCEPTIONS = {
 
 
 # Of the trainer, what the launcher imports, and what that imports in turn.
-TORCH_FREE = {"trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"}
+TORCH_FREE = {
+    *("trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"),
+    *("trainer.capabilities", "trainer.zero_config"),
+}
 
 
 def _allowed(importer: str, imported: str) -> bool:

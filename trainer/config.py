@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .capabilities import conflicts, world_conflicts
 from .sections import (
     BackendConfig,
     CheckpointConfig,
@@ -31,6 +32,7 @@ from .sections import (
     TrainConfig,
 )
 from .typed_json import OtherFields, typed
+from .zero_config import zero_config
 
 
 class UserError(Exception):
@@ -57,7 +59,24 @@ class RunConfig:
 
     def validate(self) -> list[str]:
         """Return every problem that can be seen without the data, each with its remedy."""
-        return [*_range_problems(self), *_relation_problems(self)]
+        return [*_range_problems(self), *_relation_problems(self), *conflicts(self)]
+
+    def check_world(self, world_size: int) -> None:
+        """Make sure that a valid configuration can run on so many processes.
+
+        Raises:
+            UserError: naming every problem.
+        """
+        problems = list(world_conflicts(self, world_size))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def describe(self) -> str:
+        """Return to_json() and, in `deepspeed`, the configuration that DeepSpeed is given."""
+        found = dataclasses.asdict(self)
+        if self.backend.zero_stage:
+            found["deepspeed"] = zero_config(self)
+        return json.dumps(found, indent=2) + "\n"
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
@@ -101,12 +120,12 @@ _POSITIVE = (
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
     "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
-    "checkpoint.keep_last", "log.every",
+    "checkpoint.keep_last", "log.every", "backend.replicas",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
     "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
-    "train.seed", "train.z_loss",
+    "train.seed", "train.z_loss", "backend.prefetch",
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob", "data.max_bad",
@@ -181,8 +200,15 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
         config.memory.stages()
     except ValueError:
         yield (
-            f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, or stages "
-            "such as 1,2"
+            f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, selective, "
+            "or stages such as 1,2"
+        )
+    try:
+        config.backend.reshard_after_forward()
+    except ValueError:
+        yield (
+            f"backend.reshard is {config.backend.reshard!r}: give yes, no, or how many processes, "
+            "from 2 on"
         )
 
 

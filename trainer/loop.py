@@ -35,6 +35,7 @@ from .group import gather, gloo_group, join
 from .inputs import make_mixer, make_stream, open_val
 from .metrics import MetricLogger
 from .optim import Hyper, learning_rate
+from .precision import autocast
 from .signals import Signals
 from .state import TrainState
 from .task import classification
@@ -58,6 +59,7 @@ class Trainer:
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
+        config.check_world(process.world_size)
         if config.train.deterministic:
             be_deterministic()
         self.device = join(process)
@@ -164,8 +166,7 @@ class Trainer:
             self.bare_model.reset_buffers((side, side))
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return autocast(self.device, self.config.train.precision)
 
     def _drop_noise(self, batch: Batch) -> Tensor | None:
         """The micro-batch's drop-path noise, keyed by each image's place in the epoch."""

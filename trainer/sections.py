@@ -119,8 +119,9 @@ class TrainConfig:
     """Images per optimizer step over all processes."""
     accumulate: int = 1
     """Micro-batches that one step is split into."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute type of matrix products and activations; weights and statistics stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute type of matrix products and activations; weights and statistics stay fp32.
+    fp16 scales the loss."""
     label_smoothing: float = 0.1
     """Probability mass spread over all classes."""
     z_loss: float = 0.0
@@ -183,11 +184,30 @@ class BackendConfig:
     """ddp replicates the training state, fsdp (FSDP2) shards it, zero1 to zero3 are DeepSpeed's."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the CPU's memory: the optimizer's state, or (zero3) weights too."""
+    replicas: int = 1
+    """Copies of the training state that fsdp keeps, each divided (HSDP); a copy for each machine
+    lets only gradients cross the network."""
+    reshard: str = "yes"
+    """Let fsdp divide weights again after the forward pass: yes, no, or among so many processes."""
+    prefetch: int = 0
+    """Blocks whose weights fsdp gathers ahead of the one that runs; 0 leaves it to FSDP2."""
 
     @property
     def zero_stage(self) -> int:
         """ZeRO's stage: 1 divides the optimizer's state, 2 gradients too, 3 weights too; else 0."""
         return int(self.name[4:]) if self.name.startswith("zero") else 0
+
+    def reshard_after_forward(self) -> bool | int:
+        """Return `reshard` as FSDP2 takes it.
+
+        Raises:
+            ValueError: if `reshard` is neither yes, no nor a number from 2.
+        """
+        if self.reshard in ("yes", "no"):
+            return self.reshard == "yes"
+        if not re.fullmatch(r"[2-9]|[1-9]\d+", self.reshard):
+            raise ValueError(self.reshard)
+        return int(self.reshard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +215,10 @@ class MemoryConfig:
     """Memory against time."""
 
     checkpointing: str = "none"
-    """Activation checkpointing: none, full, or the stages to recompute, such as 1,2."""
+    """Activation checkpointing: none, full, selective (full, but keeps linear layers' outputs), or
+    the stages to recompute, such as 1,2."""
+    offload_activations: bool = False
+    """Move what blocks that are not recomputed keep for the backward pass to the CPU's memory."""
     compile: bool = False
     """Compile every block with torch.compile."""
 
@@ -203,10 +226,10 @@ class MemoryConfig:
         """Return the stages (1-4) whose blocks are recomputed in the backward pass.
 
         Raises:
-            ValueError: if `checkpointing` is neither none, full nor a list of stages.
+            ValueError: if `checkpointing` is neither none, full, selective nor a list of stages.
         """
-        if self.checkpointing in ("none", "full"):
-            return (1, 2, 3, 4) if self.checkpointing == "full" else ()
+        if self.checkpointing in ("none", "full", "selective"):
+            return () if self.checkpointing == "none" else (1, 2, 3, 4)
         if not re.fullmatch(r"[1-4](,[1-4])*", self.checkpointing):
             raise ValueError(self.checkpointing)
         return tuple(sorted({int(stage) for stage in self.checkpointing.split(",")}))

@@ -24,10 +24,11 @@ from models.base import Backbone
 from trainer.config import RunConfig
 from trainer.group import gather
 from trainer.optim import Hyper, adamw, make_state, parameter_groups, set_hyper
+from trainer.precision import LossScale
 
 CanonicalState = dict[str, Tensor]
-"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`, each a plain tensor
-that is equal on all ranks or a DTensor."""
+"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`, `step` and what a LossScale has,
+each a plain tensor that is equal on all ranks or a DTensor."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -108,6 +109,7 @@ class TorchBackend(ABC):
         self.device = device
         self.config = config
         self.data_shard = data_shard()
+        self.scaling = LossScale(device) if config.train.precision == "fp16" else None
 
     def setup(self, model: Backbone) -> nn.Module:
         """See Backend.setup."""
@@ -129,7 +131,7 @@ class TorchBackend(ABC):
 
     def backward(self, loss: Tensor) -> None:
         """See Backend.backward."""
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss if self.scaling is None else loss * self.scaling.scale)
 
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
@@ -147,11 +149,15 @@ class TorchBackend(ABC):
     def apply(self, hyper: Hyper) -> StepInfo:
         """See Backend.apply."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        if self.scaling is not None:
+            torch._foreach_mul_(grads, 1 / self.scaling.scale)
         squares = torch.stack(torch._foreach_norm(grads)).square().sum()
         grad_norm = self.sum_over_shards(squares).sqrt()
         if (limit := self.config.optim.clip_grad) is not None:
             torch._foreach_mul_(grads, (limit / (grad_norm + 1e-6)).clamp(max=1.0))
         skipped = (~grad_norm.isfinite()).float()
+        if self.scaling is not None:
+            self.scaling.update(skipped)
         for name, parameter in self.parameters.items():
             grad = parameter.grad
             self.locals[name].grad = None if grad is None else self.local(grad)
@@ -183,6 +189,8 @@ class TorchBackend(ABC):
                 yield f"{moment}/{name}", self.canonical(name, self.optimizer.state[local][moment])
         for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
+        if self.scaling is not None:
+            yield from self.scaling.tensors()
         yield "step", next(iter(self.optimizer.state.values()))["step"].clone()
 
     @torch.no_grad()
