@@ -40,12 +40,14 @@ class Backbone(nn.Module, ABC):
 
     Subclasses set `num_classes`, `size` (the input height and width that the buffers fit),
     `drop_path` (one rate for each residual block) and `feature_info` (for each stage its
-    `num_chs`, `reduction` and `module`).
+    `num_chs`, `reduction` and `module`). Set `drop_share` to let that share of the rates hold; it
+    may change from step to step without compiling anything again.
     """
 
     num_classes: int
     size: tuple[int, int]
     drop_path: tuple[float, ...]
+    drop_share: float = 1.0
     feature_info: list[dict[str, Any]]
 
     @abstractmethod
@@ -128,7 +130,8 @@ class Backbone(nn.Module, ABC):
         if drop_noise is None:
             return None
         # Made on the device: sending the rates there would wait for it.
-        rates = torch.linspace(0, self.drop_path[-1], self.num_blocks, device=drop_noise.device)
+        last = self.drop_path[-1] * self.drop_share
+        rates = torch.linspace(0, last, self.num_blocks, device=drop_noise.device)
         return keep_scale(drop_noise, rates[:, None, None])
 
 

@@ -125,7 +125,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
     "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
-    "train.seed", "train.z_loss", "backend.prefetch",
+    "train.seed", "train.z_loss", "backend.prefetch", "optim.weight_decay_end",
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob", "data.max_bad",
@@ -148,7 +148,7 @@ def _must(name: str, value: Any) -> str | None:
         return "be finite"
     if name in _POSITIVE and value is not None and value <= 0:
         return "be above 0"
-    if name in _NOT_NEGATIVE and value < 0:
+    if name in _NOT_NEGATIVE and value is not None and value < 0:
         return "not be negative"
     if name in _SHARE and not 0 <= value <= 1:
         return "lie in 0..1"

@@ -34,8 +34,8 @@ from .evaluate import Evaluator
 from .group import gather, gloo_group, join
 from .inputs import make_mixer, make_stream, open_val
 from .metrics import MetricLogger
-from .optim import Hyper, learning_rate
 from .precision import autocast
+from .schedule import Hyper, hyper_at
 from .signals import Signals
 from .state import TrainState
 from .task import classification
@@ -75,8 +75,8 @@ class Trainer:
         synchronise_batch_norm(self.bare_model)
         self.backend: Backend = BACKENDS[config.backend.name](self.device, config)
         self.model = self.backend.setup(self.bare_model)
-        decay = config.train.ema_decay
-        self.ema = EMA(self.backend.local_tensors(), decay) if decay > 0 else None
+        averaged = config.train.ema_decay > 0
+        self.ema = EMA(self.backend.local_tensors()) if averaged else None
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
             gloo_group(),
@@ -140,6 +140,7 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], Cursor]:
         """Make one optimizer step; return its device scalars and the cursor after its data."""
         accumulate = self.config.train.accumulate
+        self.bare_model.drop_share = hyper.drop_path
         values: dict[str, Tensor] = {}
         for micro in range(accumulate):
             with self.metrics.waiting_for_data():
@@ -157,7 +158,7 @@ class Trainer:
                 values[name] = values.get(name, torch.zeros_like(part)) + part * share
         info = self.backend.apply(hyper)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(hyper.ema_decay)
         return {**values, "grad_norm": info.grad_norm, "skipped": info.skipped}, cursor
 
     def _fit(self, side: int) -> None:
@@ -182,13 +183,12 @@ class Trainer:
 
     def _hyper(self) -> Hyper:
         """What the schedules say of the next step."""
-        lr = learning_rate(
+        return hyper_at(
             self.state.step,
-            self.config.optim,
+            self.config,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
-        return Hyper(lr=lr, weight_decay=self.config.optim.weight_decay)
 
     def _due(self, every: int) -> bool:
         step = self.state.step

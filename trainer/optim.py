@@ -1,4 +1,4 @@
-"""Optimizers and their schedules, over plain local tensors.
+"""Optimizers, over plain local tensors.
 
 What a backend shards, it hands over as the local part of each parameter: an elementwise optimizer
 does not care, and the same code serves every backend. The schedule is a pure function of the step.
@@ -6,7 +6,6 @@ does not care, and the same code serves every backend. The schedule is a pure fu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,15 +14,8 @@ from torch import Tensor
 
 from models.base import Backbone
 
+from .schedule import Hyper
 from .sections import OptimConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyper:
-    """What the schedules say of one step."""
-
-    lr: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +70,3 @@ def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:
     for group in optimizer.param_groups:
         group["lr"] = hyper.lr
         group["weight_decay"] = hyper.weight_decay if group["decayed"] else 0.0
-
-
-def learning_rate(
-    step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int
-) -> float:
-    """Return the learning rate of optimizer step `step` (from 0).
-
-    A linear warm-up to the peak, then a cosine (https://arxiv.org/abs/1608.03983) to min_lr whose
-    phase counts from step 0, as in the schedule both papers used, then min_lr in cool-down.
-    """
-    warmup_steps = config.warmup_epochs * steps_per_epoch
-    cosine_steps = total_steps - config.cooldown_epochs * steps_per_epoch
-    if step < warmup_steps:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup_steps
-    phase = min(step / cosine_steps, 1.0)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * phase))

@@ -128,6 +128,10 @@ class TrainConfig:
     """Weight of the squared log-partition function in the loss (PaLM, arXiv 2204.02311)."""
     ema_decay: float = 0.0
     """Decay per step of the weights' moving average; 0 is off."""
+    ema_warmup: bool = False
+    """Hold that decay to (1 + step) / (10 + step) at first."""
+    drop_path_ramp: Literal["none", "linear", "cosine"] = "none"
+    """How drop-path rates rise from 0 at the first step to model.drop_path at the last."""
     progressive: str | None = None
     """Image side by first epoch, such as 0:128,100:176,200:224; unset trains at model.img_size."""
     seed: int = 0
@@ -172,6 +176,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.05
     """Decoupled weight decay of the parameters that the model does not exempt."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of a cosine that begins at weight_decay; unset keeps it."""
     clip_grad: float | None = None
     """Largest global gradient norm; unset does not clip."""
 

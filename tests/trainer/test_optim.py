@@ -1,76 +1,13 @@
-"""The schedule against timm's and the published numbers, AdamW against formulas in float64."""
+"""AdamW against its formulas in float64."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
 
-from trainer.optim import Hyper, ParameterGroup, adamw, learning_rate, set_hyper
-from trainer.recipes import recipe
+from trainer.optim import ParameterGroup, adamw, set_hyper
+from trainer.schedule import Hyper
 from trainer.sections import OptimConfig
-
-STEPS_PER_EPOCH = 1251  # ImageNet-1k in batches of 1,024
-
-
-def schedule(name, **changes):
-    config = recipe(name)
-    optim = replace(config.optim, **changes)
-    total = config.train.epochs * STEPS_PER_EPOCH
-
-    def at(epoch):
-        step = round(epoch * STEPS_PER_EPOCH)
-        return learning_rate(step, optim, steps_per_epoch=STEPS_PER_EPOCH, total_steps=total)
-
-    return at
-
-
-def cosine(share):
-    """The published cosine from 1e-3 to 1e-5, `share` of the way through."""
-    return 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * share)) / 2
-
-
-def test_the_published_schedule_of_transnext():
-    at = schedule("transnext_base")
-    assert at(0) == pytest.approx(1e-6)
-    assert at(2.5) == pytest.approx((1e-6 + 1e-3) / 2, rel=1e-3)
-    # The phase counts from the first step: after the warm-up the cosine has already moved.
-    assert at(5) == pytest.approx(cosine(5 / 300))
-    assert at(150) == pytest.approx((1e-3 + 1e-5) / 2)
-    assert at(300) == pytest.approx(1e-5)
-
-
-def test_the_published_schedule_of_transxnet_cools_down():
-    at = schedule("transxnet_t")
-    assert at(5) == pytest.approx(1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * 5 / 300)) / 2)
-    assert at(299.9) > 1e-5
-    assert {at(300), at(305), at(310)} == {1e-5}
-
-
-def test_no_warm_up_starts_at_the_peak():
-    assert schedule("transnext_base", warmup_epochs=0.0)(0) == 1e-3
-
-
-@pytest.mark.parametrize("name", ["transnext_tiny", "transxnet_s"])
-def test_every_step_equals_timms_schedule(name):
-    config = recipe(name)
-    optim, steps_per_epoch = config.optim, 7
-    theirs = CosineLRScheduler(
-        torch.optim.SGD([torch.zeros(1)], lr=optim.lr),
-        t_initial=300 * steps_per_epoch,
-        lr_min=optim.min_lr,
-        warmup_t=int(optim.warmup_epochs) * steps_per_epoch,
-        warmup_lr_init=optim.warmup_lr,
-        t_in_epochs=False,
-    )
-    total = config.train.epochs * steps_per_epoch
-    for step in range(total):
-        theirs.step_update(step)
-        expected = theirs.optimizer.param_groups[0]["lr"]
-        mine = learning_rate(step, optim, steps_per_epoch=steps_per_epoch, total_steps=total)
-        assert mine == pytest.approx(expected, rel=1e-12)
-
 
 CONFIG = OptimConfig(lr=3e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
 SHAPES = {"block.weight": (5, 3), "block.bias": (5,), "scale": (), "empty": (0, 4)}
@@ -85,11 +22,15 @@ def tensors(seed):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
+def hyper(lr):
+    return Hyper(lr=lr, weight_decay=CONFIG.weight_decay, drop_path=1.0, ema_decay=0.0)
+
+
 def step_with(optimizer, weights, grads, *, lr, found_inf=0.0):
     """One step as a backend makes it."""
     for name, weight in weights.items():
         weight.grad = grads[name]
-    set_hyper(optimizer, Hyper(lr=lr, weight_decay=CONFIG.weight_decay))
+    set_hyper(optimizer, hyper(lr))
     optimizer.found_inf = torch.tensor(found_inf)
     optimizer.step()
 

@@ -23,8 +23,9 @@ from data.base import Shard
 from models.base import Backbone
 from trainer.config import RunConfig
 from trainer.group import gather
-from trainer.optim import Hyper, adamw, make_state, parameter_groups, set_hyper
+from trainer.optim import adamw, make_state, parameter_groups, set_hyper
 from trainer.precision import LossScale
+from trainer.schedule import Hyper
 
 CanonicalState = dict[str, Tensor]
 """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`, `step` and what a LossScale has,

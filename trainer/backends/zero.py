@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from models.base import Backbone
 from trainer.config import RunConfig, UserError
-from trainer.optim import Hyper, adamw, make_state, parameter_groups, set_hyper
+from trainer.optim import adamw, make_state, parameter_groups, set_hyper
+from trainer.schedule import Hyper
 from trainer.zero_config import zero_config
 
 from .base import MOMENTS, CanonicalState, StepInfo, data_shard, saved_buffers
