@@ -22,10 +22,9 @@ class Block:
 
     `name` is the module's path, and so the prefix of its parameters' names. `stage` is 1 to 4.
     `depth` counts the residual blocks before the part: residual blocks have depth 0, 1, 2, ... in
-    order, a stem has 0, the head has their number, so layer-wise decay is
-    `decay ** (num_blocks - depth)` for every part. `residual` marks the blocks proper, which
-    activation checkpointing, compilation and per-block sharding wrap; the remaining parts (stem,
-    patch embeddings, norms, head) stay with the root.
+    order, a stem has 0, the head has their number: what layer-wise decay counts. `residual` marks
+    the blocks proper, which activation checkpointing, compilation and per-block sharding wrap; the
+    remaining parts (stem, patch embeddings, norms, head) stay with the root.
     """
 
     name: str

@@ -27,6 +27,11 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"train.precision fp16 needs a loss scale, which {backend.name} cannot take from the "
             "run's checkpoints: use train.precision bf16, or backend.name ddp or fsdp"
         )
+    if config.optim.name != "adamw" and backend.zero_stage:
+        yield (
+            f"optim.name {config.optim.name} needs parameters one by one, and {backend.name} lays "
+            "them end to end: use optim.name adamw, or backend.name ddp or fsdp"
+        )
     if memory.compile and memory.checkpointing == "selective":
         yield (
             "memory.checkpointing selective cannot see the linear layers in compiled blocks: "

@@ -118,7 +118,7 @@ _POSITIVE = (
     "model.img_size", "model.num_classes", "model.pretrain_size", "model.fixed_pool_size",
     "model.layer_scale", "data.num_workers", "data.prefetch", "data.repeats", "data.lanes",
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
-    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
+    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad", "optim.layer_decay",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
     "checkpoint.keep_last", "log.every", "backend.replicas",
 )  # fmt: skip
@@ -132,6 +132,7 @@ _SHARE = (
     "data.color_jitter_prob", "data.grayscale_prob", "data.gaussian_blur_prob",
     "data.solarize_prob",
     "train.label_smoothing", "train.ema_decay", "eval.crop_pct",
+    "optim.momentum", "optim.layer_decay",
 )  # fmt: skip
 
 

@@ -158,8 +158,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule."""
+    """The optimizer and its schedules."""
 
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
+    """AdamW (arXiv 1711.05101), LAMB for huge batches (1904.00962), or Muon, with AdamW for what
+    are no matrices of hidden layers."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
@@ -174,10 +177,14 @@ class OptimConfig:
     """Decay of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: float = 0.05
     """Decoupled weight decay of the parameters that the model does not exempt."""
     weight_decay_end: float | None = None
     """Weight decay at the end of a cosine that begins at weight_decay; unset keeps it."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate with every residual block away from the head, for fine-tuning."""
     clip_grad: float | None = None
     """Largest global gradient norm; unset does not clip."""
 

@@ -23,13 +23,13 @@ from data.base import Shard
 from models.base import Backbone
 from trainer.config import RunConfig
 from trainer.group import gather
-from trainer.optim import adamw, make_state, parameter_groups, set_hyper
+from trainer.optim import make_optimizer, make_state, parameter_groups, set_hyper
 from trainer.precision import LossScale
 from trainer.schedule import Hyper
 
 CanonicalState = dict[str, Tensor]
-"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`, `step` and what a LossScale has,
-each a plain tensor that is equal on all ranks or a DTensor."""
+"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` (but not of Muon's matrices), `buffer/NAME`,
+`step` and what a LossScale has, each a plain tensor that is equal on all ranks or a DTensor."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,7 +118,8 @@ class TorchBackend(ABC):
         wrapped = self.wrap(model)
         self.parameters = dict(model.named_parameters())
         self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
-        self.optimizer = adamw(self.locals, parameter_groups(model), self.config.optim)
+        groups = parameter_groups(model, self.config.optim)
+        self.optimizer = make_optimizer(self.locals, groups, self.config.optim, self)
         make_state(self.optimizer, self.locals.values())
         return wrapped
 
@@ -164,7 +165,7 @@ class TorchBackend(ABC):
             self.locals[name].grad = None if grad is None else self.local(grad)
             parameter.grad = None
         set_hyper(self.optimizer, hyper)
-        # The fused step reads this on the device and then leaves weights and moments alone.
+        # The step reads this on the device and then leaves weights and moments alone.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -186,8 +187,9 @@ class TorchBackend(ABC):
         """See Backend.export_state."""
         for name, local in self.locals.items():
             yield f"weight/{name}", self.canonical(name, local)
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", self.canonical(name, self.optimizer.state[local][moment])
+            held = self.optimizer.state[local]
+            for moment in (moment for moment in MOMENTS if moment in held):
+                yield f"{moment}/{name}", self.canonical(name, held[moment])
         for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
         if self.scaling is not None:

@@ -70,7 +70,8 @@ class ZeroBackend:
             for block in model.blocks():
                 if block.residual:  # gathered whole: its parts use one another's weights
                     deepspeed.utils.set_z3_leaf_module(block.module, True)
-        self.optimizer = adamw(parameters, parameter_groups(model), self.config.optim)
+        groups = parameter_groups(model, self.config.optim)
+        self.optimizer = adamw(parameters, groups, self.config.optim)
         self.engine: Any = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=zero_config(self.config)
         )[0]
