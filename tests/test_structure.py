@@ -83,6 +83,8 @@ EXCEPTIONS = {
     ("trainer.export", "models.timm_model"),  # and whose code that library has itself
     ("trainer.export", "models.convert"),  # writes the authors' files
     ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
+    ("trainer.teacher", "models.convert"),  # reads the weights of any model
+    ("trainer.teacher", "models.fold"),  # and an export without batch norms
 }
 
 

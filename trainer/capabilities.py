@@ -32,6 +32,10 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"optim.name {config.optim.name} needs parameters one by one, and {backend.name} lays "
             "them end to end: use optim.name adamw, or backend.name ddp or fsdp"
         )
+    if config.distill.weights is not None and config.distill.teacher is None:
+        yield (
+            f"distill.weights is {config.distill.weights} without a teacher: give --distill.teacher"
+        )
     if memory.compile and memory.checkpointing == "selective":
         yield (
             "memory.checkpointing selective cannot see the linear layers in compiled blocks: "

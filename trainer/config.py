@@ -24,6 +24,7 @@ from .sections import (
     BackendConfig,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     LogConfig,
     MemoryConfig,
@@ -51,6 +52,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -119,6 +121,7 @@ _POSITIVE = (
     "model.layer_scale", "data.num_workers", "data.prefetch", "data.repeats", "data.lanes",
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
     "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad", "optim.layer_decay",
+    "distill.temperature",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
     "checkpoint.keep_last", "log.every", "backend.replicas",
 )  # fmt: skip
@@ -132,7 +135,7 @@ _SHARE = (
     "data.color_jitter_prob", "data.grayscale_prob", "data.gaussian_blur_prob",
     "data.solarize_prob",
     "train.label_smoothing", "train.ema_decay", "eval.crop_pct",
-    "optim.momentum", "optim.layer_decay",
+    "optim.momentum", "optim.layer_decay", "distill.weight",
 )  # fmt: skip
 
 

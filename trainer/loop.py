@@ -38,7 +38,7 @@ from .precision import autocast
 from .schedule import Hyper, hyper_at
 from .signals import Signals
 from .state import TrainState
-from .task import classification
+from .task import make_task
 
 BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend] | type[ZeroBackend]] = {
     "ddp": DDPBackend,
@@ -66,6 +66,7 @@ class Trainer:
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
+        self.task = make_task(config, self.device)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
@@ -150,8 +151,7 @@ class Trainer:
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast():
                     images, targets = self.mix(batch)
-                    noise, z_loss = self._drop_noise(batch), self.config.train.z_loss
-                    loss = classification(self.model, images, targets, noise, z_loss=z_loss)
+                    loss = self.task(self.model, images, targets, self._drop_noise(batch))
                 share = batch.weight / accumulate
                 self.backend.backward(loss.total * share)
             for name, part in loss.parts.items():

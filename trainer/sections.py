@@ -190,6 +190,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from a trained network, the teacher, beside the labels."""
+
+    teacher: str | None = None
+    """A timm bundle that foveate export wrote, or a model's name, as timm:NAME; unset has none."""
+    weights: str | None = None
+    """The safetensors file of a teacher given by name."""
+    kind: Literal["hard", "soft"] = "hard"
+    """Learn the teacher's first choice (DeiT, arXiv 2012.12877) or its tempered predictions."""
+    temperature: float = 3.0
+    """What logits are divided by before soft predictions are compared."""
+    weight: float = 0.5
+    """The teacher's share of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackendConfig:
     """How the model is spread over processes."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from tests.dist import run_distributed
 from tests.trainer.runs import copy_checkpoint, losses, tiny_config, train, train_named
@@ -20,6 +22,7 @@ EVERYTHING = [
 RECIPES = {
     "lamb": ["--optim.name", "lamb", "--optim.lr", "2e-2", *EVERYTHING],
     "muon": ["--optim.name", "muon", *EVERYTHING],
+    "distilled": ["--distill.teacher", "timm:test_resnet", "--distill.kind", "soft"],
 }
 WAYS = {
     "ddp on 1": (1, ["--backend.name", "ddp"]),
@@ -39,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, tuple[dict[int, float], list[float]]]:
     """What every run came to."""
+    teacher = folder / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), teacher)
+    RECIPES["distilled"] += ["--distill.weights", str(teacher)]
     named = {
         f"{name}, {way}": (world_size, [*SHORT, *arguments, *backend])
         for name, arguments in RECIPES.items()
