@@ -29,7 +29,8 @@ _FREE = (
     "run_dir", "backend.", "memory.", "log.", "checkpoint.", "eval.every_epochs", "eval.batch_size",
     "data.source", "data.train", "data.val", "data.allow_unmixed", "data.max_bad",
     "data.cache_dir", "data.cache_gb",
-    "data.num_workers", "data.prefetch", "train.accumulate", "train.deterministic",
+    "data.num_workers", "data.prefetch",
+    "train.accumulate", "train.microbatch", "train.deterministic",
 )  # fmt: skip
 
 

@@ -32,6 +32,11 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"optim.name {config.optim.name} needs parameters one by one, and {backend.name} lays "
             "them end to end: use optim.name adamw, or backend.name ddp or fsdp"
         )
+    if config.train.microbatch == "auto" and config.train.accumulate != 1:
+        yield (
+            f"train.accumulate is {config.train.accumulate}, which train.microbatch auto is to "
+            "find: give one of the two"
+        )
     if config.distill.weights is not None and config.distill.teacher is None:
         yield (
             f"distill.weights is {config.distill.weights} without a teacher: give --distill.teacher"

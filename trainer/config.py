@@ -224,6 +224,7 @@ def _beyond_ffcv(config: RunConfig) -> Iterator[str]:
         "data.auto_augment": data.auto_augment is not None,
         "data.repeats": data.repeats > 1,
         "train.accumulate": train.accumulate > 1,
+        "train.microbatch auto": train.microbatch == "auto",
         "train.progressive": train.progressive is not None,
     }
     named = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)

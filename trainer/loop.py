@@ -34,6 +34,7 @@ from .evaluate import Evaluator
 from .group import gather, gloo_group, join
 from .inputs import make_mixer, make_stream, open_val
 from .metrics import MetricLogger
+from .microbatch import fit_microbatch
 from .precision import autocast
 from .schedule import Hyper, hyper_at
 from .signals import Signals
@@ -57,16 +58,16 @@ class Trainer:
     """One process of one run."""
 
     def __init__(self, config: RunConfig, process: Process) -> None:
-        self.config = config
         self.run_dir = Path(config.run_dir)
         config.check_world(process.world_size)
         if config.train.deterministic:
             be_deterministic()
         self.device = join(process)
+        self.task = make_task(config, self.device)
+        self.config = config = fit_microbatch(config, self.device, self.task)
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
-        self.task = make_task(config, self.device)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
@@ -304,6 +305,7 @@ class Trainer:
             steps=self.total_steps,
             world_size=dist.get_world_size(),
             backend=self.config.backend.name,
+            accumulate=self.config.train.accumulate,
             generation=self.checkpointer.generation,
         )
         if self.config.log.images > 0 and self.state.step < self.total_steps:

@@ -119,6 +119,8 @@ class TrainConfig:
     """Images per optimizer step over all processes."""
     accumulate: int = 1
     """Micro-batches that one step is split into."""
+    microbatch: Literal["set", "auto"] = "set"
+    """Split steps as accumulate says, or into the fewest micro-batches that fit in memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute type of matrix products and activations; weights and statistics stay fp32.
     fp16 scales the loss."""

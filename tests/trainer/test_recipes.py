@@ -9,7 +9,7 @@ import timm
 from safetensors.torch import save_file
 
 from tests.dist import run_distributed
-from tests.trainer.runs import copy_checkpoint, losses, tiny_config, train, train_named
+from tests.trainer.runs import copy_checkpoint, lines, losses, tiny_config, train, train_named
 
 STEPS = 4
 SHORT = ["--train.epochs", "2", "--optim.warmup-epochs", "0.5", "--eval.every-epochs", "2"]
@@ -20,7 +20,7 @@ EVERYTHING = [
     *("--train.drop-path-ramp", "cosine", "--train.ema-warmup"),
 ]
 RECIPES = {
-    "lamb": ["--optim.name", "lamb", "--optim.lr", "2e-2", *EVERYTHING],
+    "lamb": ["--optim.name", "lamb", "--optim.lr", "2e-2", "--train.microbatch", "auto"],
     "muon": ["--optim.name", "muon", *EVERYTHING],
     "distilled": ["--distill.teacher", "timm:test_resnet", "--distill.kind", "soft"],
 }
@@ -64,6 +64,22 @@ def test_backends_and_world_sizes_agree(
         other = found[f"{name}, {way}"]
         assert other[0] == pytest.approx(loss, abs=1e-5), way
         assert other[1] == pytest.approx(accuracy, abs=2.01), way  # one image of 50 may tip over
+
+
+@pytest.mark.usefixtures("found")
+def test_the_start_tells_how_steps_are_split(folder: Path) -> None:
+    for way in WAYS:  # a CPU takes every step at once
+        assert [line["accumulate"] for line in lines(folder / f"lamb, {way}", "start")] == [1]
+
+
+@pytest.mark.usefixtures("found")
+def test_the_teacher_s_part_of_the_loss_is_logged(folder: Path) -> None:
+    parts = {
+        way: [line["distill_loss"] for line in lines(folder / f"distilled, {way}", "train")]
+        for way in WAYS
+    }
+    for found in parts.values():
+        assert found == pytest.approx(parts["ddp on 1"], abs=1e-5)
 
 
 @pytest.mark.usefixtures("found")

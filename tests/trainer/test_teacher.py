@@ -134,7 +134,7 @@ def test_what_is_no_teacher_is_refused_by_name(tmp_path):
 
 def test_a_teacher_of_other_classes_or_a_fixed_size_is_refused(tmp_path):
     bundle(tmp_path / "bundle", DEMO)
-    with pytest.raises(UserError, match="knows 10 classes and .* is 7"):
+    with pytest.raises(UserError, match=r"knows 10 classes and .* is 7"):
         load_teacher(
             run_config("--distill.teacher", tmp_path / "bundle", "--model.num-classes", 7), CPU
         )
