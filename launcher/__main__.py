@@ -96,7 +96,7 @@ def pretrain(arguments: list[str]) -> int:
     if overrides:
         config = override(config, overrides)
     if options.print_config:
-        print(config.to_json(), end="")
+        print(config.describe(), end="")
         return 0
     if options.prepare:
         return _prepare(config)
@@ -125,6 +125,7 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
         num_processes = max(1, local.num_gpus())
     if num_processes < 1:
         raise UserError(f"--nproc is {num_processes}: give at least 1")
+    config.check_world(num_processes)
     run_dir = rundir.prepare(config)
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.config import RunConfig, UserError, flatten
-from trainer.sections import DataConfig
+from trainer.sections import DataConfig, DistillConfig
 
 PACKAGES = ("launcher", "trainer", "models", "data")
 CODE = Path(__file__).resolve().parents[1]
@@ -30,7 +30,8 @@ _FREE = (
     "eval.every_epochs", "eval.batch_size",
     "data.source", "data.train", "data.val", "data.allow_unmixed", "data.max_bad",
     "data.cache_dir", "data.cache_gb",
-    "data.num_workers", "data.prefetch", "train.accumulate", "train.deterministic",
+    "data.num_workers", "data.prefetch",
+    "train.accumulate", "train.microbatch", "train.deterministic",
 )  # fmt: skip
 
 
@@ -61,7 +62,10 @@ def prepare(config: RunConfig) -> Path:
 def absolute(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths; URLs and counts of images stay as they are."""
     return dataclasses.replace(
-        config, run_dir=os.path.abspath(config.run_dir), data=_absolute_data(config.data)
+        config,
+        run_dir=os.path.abspath(config.run_dir),
+        data=_absolute_data(config.data),
+        distill=_absolute_distill(config.distill),
     )
 
 
@@ -72,6 +76,15 @@ def _absolute_data(data: DataConfig) -> DataConfig:
         return data
     train, val = (p if "://" in p else os.path.abspath(p) for p in (data.train, data.val))
     return dataclasses.replace(data, train=train, val=val)
+
+
+def _absolute_distill(distill: DistillConfig) -> DistillConfig:
+    teacher, weights = distill.teacher, distill.weights
+    if teacher is not None and weights is None:  # a folder: a model's name comes with weights
+        teacher = os.path.abspath(teacher)
+    if weights is not None:
+        weights = os.path.abspath(weights)
+    return dataclasses.replace(distill, teacher=teacher, weights=weights)
 
 
 def _holds_anything(path: Path) -> bool:

@@ -25,10 +25,9 @@ class Block:
 
     `name` is the module's path, and so the prefix of its parameters' names. `stage` is 1 to 4.
     `depth` counts the residual blocks before the part: residual blocks have depth 0, 1, 2, ... in
-    order, a stem has 0, the head has their number, so layer-wise decay is
-    `decay ** (num_blocks - depth)` for every part. `residual` marks the blocks proper, which
-    activation checkpointing, compilation and per-block sharding wrap; the remaining parts (stem,
-    patch embeddings, norms, head) stay with the root.
+    order, a stem has 0, the head has their number: what layer-wise decay counts. `residual` marks
+    the blocks proper, which activation checkpointing, compilation and per-block sharding wrap; the
+    remaining parts (stem, patch embeddings, norms, head) stay with the root.
     """
 
     name: str
@@ -43,12 +42,14 @@ class Backbone(nn.Module, ABC):
 
     Subclasses set `num_classes`, `size` (the input height and width that the buffers fit),
     `drop_path` (one rate for each residual block) and `feature_info` (for each stage its
-    `num_chs`, `reduction` and `module`).
+    `num_chs`, `reduction` and `module`). Set `drop_share` to let that share of the rates hold; it
+    may change from step to step without compiling anything again.
     """
 
     num_classes: int
     size: tuple[int, int]
     drop_path: tuple[float, ...]
+    drop_share: float = 1.0
     feature_info: list[dict[str, Any]]
 
     @abstractmethod
@@ -139,7 +140,8 @@ class Backbone(nn.Module, ABC):
         if drop_noise is None:
             return None
         # Made on the device: sending the rates there would wait for it.
-        rates = torch.linspace(0, self.drop_path[-1], self.num_blocks, device=drop_noise.device)
+        last = self.drop_path[-1] * self.drop_share
+        rates = torch.linspace(0, last, self.num_blocks, device=drop_noise.device)
         return keep_scale(drop_noise, rates[:, None, None])
 
 

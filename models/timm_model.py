@@ -30,6 +30,8 @@ class Noise:
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
+        # A tensor: a compiled block bakes in the value of a number.
+        self.share = torch.ones((), device="cpu")
         self.calls = 0
 
     def next(self, size: int) -> Tensor | None:
@@ -63,8 +65,8 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop a residual branch [B, ...] per sample; see `layers.drop_path`."""
-        noise = self.noise.next(x.shape[0])
-        return drop_path(x, None if noise is None else keep_scale(noise, self.rate))
+        noise, rate = self.noise.next(x.shape[0]), self.rate * self.noise.share
+        return drop_path(x, None if noise is None else keep_scale(noise, rate))
 
 
 class ChannelsFirst(BatchNorm):
@@ -179,6 +181,7 @@ class TimmModel(Backbone):
         for index, noise in enumerate(self._noises.values()):
             # Kept after the pass: a block that is recomputed takes the same numbers again.
             noise.values = None if drop_noise is None else drop_noise[index]
+            noise.share.fill_(self.drop_share)
         return [self.net.forward_features(x)]
 
     def _noise(self, x: Tensor, drop_noise: Tensor | None) -> Tensor | None:

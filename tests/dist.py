@@ -62,7 +62,8 @@ def prepared_context() -> ForkServerContext:
     Importing takes seconds, of each process that has to do it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop", "torch._dynamo"])
+    modules = ["trainer.loop", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed"]
+    context.set_forkserver_preload(modules)
     return context
 
 

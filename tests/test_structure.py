@@ -86,13 +86,15 @@ EXCEPTIONS = {
     ("trainer.export", "models.timm_model"),  # and whose code that library has itself
     ("trainer.export", "models.convert"),  # writes the authors' files
     ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
+    ("trainer.teacher", "models.convert"),  # reads the weights of any model
+    ("trainer.teacher", "models.fold"),  # and an export without batch norms
 }
 
 
 # Of the trainer, what the launcher imports, and what that imports in turn.
 TORCH_FREE = {
     *("trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"),
-    *("trainer.manifest", "trainer.shardfile"),
+    *("trainer.manifest", "trainer.shardfile", "trainer.capabilities", "trainer.zero_config"),
 }
 
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .capabilities import conflicts, world_conflicts
 from .sections import (
     BackendConfig,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     GuardConfig,
     LogConfig,
@@ -32,6 +34,7 @@ from .sections import (
     TrainConfig,
 )
 from .typed_json import OtherFields, typed
+from .zero_config import zero_config
 
 
 class UserError(Exception):
@@ -50,6 +53,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -59,7 +63,24 @@ class RunConfig:
 
     def validate(self) -> list[str]:
         """Return every problem that can be seen without the data, each with its remedy."""
-        return [*_range_problems(self), *_relation_problems(self)]
+        return [*_range_problems(self), *_relation_problems(self), *conflicts(self)]
+
+    def check_world(self, world_size: int) -> None:
+        """Make sure that a valid configuration can run on so many processes.
+
+        Raises:
+            UserError: naming every problem.
+        """
+        problems = list(world_conflicts(self, world_size))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def describe(self) -> str:
+        """Return to_json() and, in `deepspeed`, the configuration that DeepSpeed is given."""
+        found = dataclasses.asdict(self)
+        if self.backend.zero_stage:
+            found["deepspeed"] = zero_config(self)
+        return json.dumps(found, indent=2) + "\n"
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
@@ -101,21 +122,24 @@ _POSITIVE = (
     "model.img_size", "model.num_classes", "model.pretrain_size", "model.fixed_pool_size",
     "model.layer_scale", "data.num_workers", "data.prefetch", "data.repeats", "data.lanes",
     "data.cache_gb", "data.window", "train.epochs", "train.batch_size",
-    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad",
+    "train.accumulate", "optim.lr", "optim.eps", "optim.clip_grad", "optim.layer_decay",
+    "distill.temperature",
     "eval.every_epochs", "eval.batch_size", "eval.crop_pct", "checkpoint.every",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.grace", "log.every",
-    "guard.window", "guard.record",
+    "guard.window", "guard.record", "backend.replicas",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.mixup", "data.cutmix", "data.color_jitter", "optim.min_lr", "optim.warmup_lr",
     "optim.warmup_epochs", "optim.cooldown_epochs", "optim.weight_decay", "log.images",
     "train.seed", "train.z_loss", "guard.spike", "guard.max_rollbacks", "guard.hang_seconds",
+    "backend.prefetch", "optim.weight_decay_end",
 )  # fmt: skip
 _SHARE = (
     "model.drop_path", "data.hflip", "data.mix_switch_prob", "data.erase_prob", "data.max_bad",
     "data.color_jitter_prob", "data.grayscale_prob", "data.gaussian_blur_prob",
     "data.solarize_prob",
     "train.label_smoothing", "train.ema_decay", "eval.crop_pct",
+    "optim.momentum", "optim.layer_decay", "distill.weight",
 )  # fmt: skip
 
 
@@ -132,7 +156,7 @@ def _must(name: str, value: Any) -> str | None:
         return "be finite"
     if name in _POSITIVE and value is not None and value <= 0:
         return "be above 0"
-    if name in _NOT_NEGATIVE and value < 0:
+    if name in _NOT_NEGATIVE and value is not None and value < 0:
         return "not be negative"
     if name in _SHARE and not 0 <= value <= 1:
         return "lie in 0..1"
@@ -187,8 +211,15 @@ def _relation_problems(config: RunConfig) -> Iterator[str]:
         config.memory.stages()
     except ValueError:
         yield (
-            f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, or stages "
-            "such as 1,2"
+            f"memory.checkpointing is {config.memory.checkpointing!r}: give none, full, selective, "
+            "or stages such as 1,2"
+        )
+    try:
+        config.backend.reshard_after_forward()
+    except ValueError:
+        yield (
+            f"backend.reshard is {config.backend.reshard!r}: give yes, no, or how many processes, "
+            "from 2 on"
         )
 
 
@@ -200,6 +231,7 @@ def _beyond_ffcv(config: RunConfig) -> Iterator[str]:
         "data.auto_augment": data.auto_augment is not None,
         "data.repeats": data.repeats > 1,
         "train.accumulate": train.accumulate > 1,
+        "train.microbatch auto": train.microbatch == "auto",
         "train.progressive": train.progressive is not None,
     }
     named = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)

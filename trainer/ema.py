@@ -10,17 +10,16 @@ from torch import Tensor
 
 
 class EMA:
-    """Averages `tensors`, which stay those of the live model, with `decay` per step."""
+    """Averages `tensors`, which stay those of the live model."""
 
-    def __init__(self, tensors: dict[str, Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._live = list(tensors.values())
         self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float) -> None:
         """Move the average towards the live tensors by 1 - decay."""
-        torch._foreach_lerp_(list(self.average.values()), self._live, 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), self._live, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -159,6 +159,7 @@ def _write_timm(source: Exportable, out: Path) -> None:
         "num_classes": config.num_classes,
         "num_features": model.feature_info[-1]["num_chs"],
         "pretrained_cfg": cfg,
+        "foveate": {"model": asdict(config), "folded": source.folded},  # what a teacher is made by
     }
     if isinstance(model, TimmModel):  # timm has the code of its own networks
         network: nn.Module = model.net

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.base import Batch, Cursor
 
 from .manifest import write_atomically
-from .optim import Hyper
+from .schedule import Hyper
 from .sections import GuardConfig
 
 _FEWEST = 16  # losses, before which nothing is known of how much they vary

@@ -28,6 +28,7 @@ from .backends.base import Backend
 from .backends.ddp import DDPBackend
 from .backends.fsdp import FSDPBackend
 from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
+from .backends.zero import ZeroBackend
 from .checkpoint import Checkpointer
 from .config import RunConfig
 from .determinism import be_deterministic
@@ -37,16 +38,21 @@ from .group import gather, gloo_group, join
 from .guard import BadNumericsError, Guard, Spike
 from .inputs import make_mixer, make_stream, open_val, pixels
 from .metrics import MetricLogger
-from .optim import Hyper, learning_rate
+from .microbatch import fit_microbatch
+from .precision import autocast
+from .schedule import Hyper, hyper_at
 from .signals import Signals
 from .state import TrainState
 from .stragglers import Stragglers
-from .task import classification
+from .task import make_task
 from .watchdog import Watchdog
 
-BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend]] = {
+BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend] | type[ZeroBackend]] = {
     "ddp": DDPBackend,
     "fsdp": FSDPBackend,
+    "zero1": ZeroBackend,
+    "zero2": ZeroBackend,
+    "zero3": ZeroBackend,
 }
 
 
@@ -54,11 +60,13 @@ class Trainer:
     """One process of one run."""
 
     def __init__(self, config: RunConfig, process: Process) -> None:
-        self.config = config
         self.run_dir = Path(config.run_dir)
+        config.check_world(process.world_size)
         if config.train.deterministic:
             be_deterministic()
         self.device = join(process, self.run_dir)
+        self.task = make_task(config, self.device)
+        self.config = config = fit_microbatch(config, self.device, self.task)
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
         self.mix = make_mixer(config)
@@ -69,10 +77,10 @@ class Trainer:
             self._fit(side)
         wrap_blocks(self.bare_model, config.memory)
         synchronise_batch_norm(self.bare_model)
-        self.backend: Backend = BACKENDS[config.backend.name](self.device)
-        self.model = self.backend.setup(self.bare_model, config.optim)
-        decay = config.train.ema_decay
-        self.ema = EMA(self.backend.local_tensors(), decay) if decay > 0 else None
+        self.backend: Backend = BACKENDS[config.backend.name](self.device, config)
+        self.model = self.backend.setup(self.bare_model)
+        averaged = config.train.ema_decay > 0
+        self.ema = EMA(self.backend.local_tensors()) if averaged else None
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
             gloo_group(),
@@ -178,6 +186,7 @@ class Trainer:
     def _step(self, batches: Sequence[Batch], hyper: Hyper) -> dict[str, Tensor]:
         """Make one optimizer step; return its device scalars."""
         accumulate = len(batches)
+        self.bare_model.drop_share = hyper.drop_path
         values: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             self._fit(batch.images.shape[1])
@@ -185,8 +194,7 @@ class Trainer:
             with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
                 with self._autocast(), self.stragglers.timing():
                     images, targets = self.mix(batch)
-                    noise, z_loss = self._drop_noise(batch), self.config.train.z_loss
-                    loss = classification(self.model, images, targets, noise, z_loss=z_loss)
+                    loss = self.task(self.model, images, targets, self._drop_noise(batch))
                 share = batch.weight / accumulate
                 self.backend.backward(loss.total * share)
             for name, part in loss.parts.items():
@@ -194,10 +202,8 @@ class Trainer:
         verdict = self.guard.judge(values["loss"])
         info = self.backend.apply(hyper, self.guard.keep(verdict))
         if self.ema is not None:
-            self.ema.update()
-        stages = {f"grad_norm_stage{s}": n for s, n in enumerate(info.stage_norms.unbind(), 1)}
-        norms = {"grad_norm": info.grad_norm, **stages}
-        return {**values, **verdict, **norms, "skipped": info.skipped}
+            self.ema.update(hyper.ema_decay)
+        return {**values, **verdict, **info.to_dict()}
 
     def _fit(self, side: int) -> None:
         """Set the model for square images of `side` pixels."""
@@ -205,8 +211,7 @@ class Trainer:
             self.bare_model.reset_buffers((side, side))
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return autocast(self.device, self.config.train.precision)
 
     def _drop_noise(self, batch: Batch) -> Tensor | None:
         """The micro-batch's drop-path noise, keyed by each image's place in the epoch."""
@@ -222,13 +227,12 @@ class Trainer:
 
     def _hyper(self) -> Hyper:
         """What the schedules say of the next step."""
-        lr = learning_rate(
+        return hyper_at(
             self.state.step,
-            self.config.optim,
+            self.config,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
-        return Hyper(lr=lr, weight_decay=self.config.optim.weight_decay)
 
     def _due(self, every: int) -> bool:
         step = self.state.step
@@ -385,6 +389,9 @@ class Trainer:
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())
         self.backend.import_state(state)
+        if self.ema is not None:
+            for name, tensor in self.ema.average.items():
+                tensor.copy_(self.backend.local_part(name, state[f"ema/{name}"]))
         return TrainState.from_dict(record["state"])
 
     def _announce(self) -> None:
@@ -396,6 +403,7 @@ class Trainer:
             steps=self.total_steps,
             world_size=dist.get_world_size(),
             backend=self.config.backend.name,
+            accumulate=self.config.train.accumulate,
             generation=self.checkpointer.generation,
         )
 

@@ -119,14 +119,21 @@ class TrainConfig:
     """Images per optimizer step over all processes."""
     accumulate: int = 1
     """Micro-batches that one step is split into."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute type of matrix products and activations; weights and statistics stay fp32."""
+    microbatch: Literal["set", "auto"] = "set"
+    """Split steps as accumulate says, or into the fewest micro-batches that fit in memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute type of matrix products and activations; weights and statistics stay fp32.
+    fp16 scales the loss."""
     label_smoothing: float = 0.1
     """Probability mass spread over all classes."""
     z_loss: float = 0.0
     """Weight of the squared log-partition function in the loss (PaLM, arXiv 2204.02311)."""
     ema_decay: float = 0.0
     """Decay per step of the weights' moving average; 0 is off."""
+    ema_warmup: bool = False
+    """Hold that decay to (1 + step) / (10 + step) at first."""
+    drop_path_ramp: Literal["none", "linear", "cosine"] = "none"
+    """How drop-path rates rise from 0 at the first step to model.drop_path at the last."""
     progressive: str | None = None
     """Image side by first epoch, such as 0:128,100:176,200:224; unset trains at model.img_size."""
     seed: int = 0
@@ -153,8 +160,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule."""
+    """The optimizer and its schedules."""
 
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
+    """AdamW (arXiv 1711.05101), LAMB for huge batches (1904.00962), or Muon, with AdamW for what
+    are no matrices of hidden layers."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
@@ -169,18 +179,66 @@ class OptimConfig:
     """Decay of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: float = 0.05
     """Decoupled weight decay of the parameters that the model does not exempt."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of a cosine that begins at weight_decay; unset keeps it."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate with every residual block away from the head, for fine-tuning."""
     clip_grad: float | None = None
     """Largest global gradient norm; unset does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from a trained network, the teacher, beside the labels."""
+
+    teacher: str | None = None
+    """A timm bundle that foveate export wrote, or a model's name, as timm:NAME; unset has none."""
+    weights: str | None = None
+    """The safetensors file of a teacher given by name."""
+    kind: Literal["hard", "soft"] = "hard"
+    """Learn the teacher's first choice (DeiT, arXiv 2012.12877) or its tempered predictions."""
+    temperature: float = 3.0
+    """What logits are divided by before soft predictions are compared."""
+    weight: float = 0.5
+    """The teacher's share of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
     """How the model is spread over processes."""
 
-    name: Literal["ddp", "fsdp"] = "ddp"
-    """ddp replicates the training state, fsdp (FSDP2) shards it over all processes."""
+    name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """ddp replicates the training state, fsdp (FSDP2) shards it, zero1 to zero3 are DeepSpeed's."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: the optimizer's state, or (zero3) weights too."""
+    replicas: int = 1
+    """Copies of the training state that fsdp keeps, each divided (HSDP); a copy for each machine
+    lets only gradients cross the network."""
+    reshard: str = "yes"
+    """Let fsdp divide weights again after the forward pass: yes, no, or among so many processes."""
+    prefetch: int = 0
+    """Blocks whose weights fsdp gathers ahead of the one that runs; 0 leaves it to FSDP2."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage: 1 divides the optimizer's state, 2 gradients too, 3 weights too; else 0."""
+        return int(self.name[4:]) if self.name.startswith("zero") else 0
+
+    def reshard_after_forward(self) -> bool | int:
+        """Return `reshard` as FSDP2 takes it.
+
+        Raises:
+            ValueError: if `reshard` is neither yes, no nor a number from 2.
+        """
+        if self.reshard in ("yes", "no"):
+            return self.reshard == "yes"
+        if not re.fullmatch(r"[2-9]|[1-9]\d+", self.reshard):
+            raise ValueError(self.reshard)
+        return int(self.reshard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +246,10 @@ class MemoryConfig:
     """Memory against time."""
 
     checkpointing: str = "none"
-    """Activation checkpointing: none, full, or the stages to recompute, such as 1,2."""
+    """Activation checkpointing: none, full, selective (full, but keeps linear layers' outputs), or
+    the stages to recompute, such as 1,2."""
+    offload_activations: bool = False
+    """Move what blocks that are not recomputed keep for the backward pass to the CPU's memory."""
     compile: bool = False
     """Compile every block with torch.compile."""
 
@@ -196,10 +257,10 @@ class MemoryConfig:
         """Return the stages (1-4) whose blocks are recomputed in the backward pass.
 
         Raises:
-            ValueError: if `checkpointing` is neither none, full nor a list of stages.
+            ValueError: if `checkpointing` is neither none, full, selective nor a list of stages.
         """
-        if self.checkpointing in ("none", "full"):
-            return (1, 2, 3, 4) if self.checkpointing == "full" else ()
+        if self.checkpointing in ("none", "full", "selective"):
+            return () if self.checkpointing == "none" else (1, 2, 3, 4)
         if not re.fullmatch(r"[1-4](,[1-4])*", self.checkpointing):
             raise ValueError(self.checkpointing)
         return tuple(sorted({int(stage) for stage in self.checkpointing.split(",")}))

@@ -25,12 +25,12 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.9998])
 def test_the_average_has_its_closed_form(decay):
     live = tensors(0)
-    ema = EMA(live, decay)
+    ema = EMA(live)
     history = [copies(live)]
     for seed in range(1, 11):
         for name, value in tensors(seed).items():
             live[name].copy_(value)
-        ema.update()
+        ema.update(decay)
         history.append(copies(live))
     for name, average in ema.average.items():
         expected = decay**10 * history[0][name].double()
@@ -42,7 +42,7 @@ def test_the_average_has_its_closed_form(decay):
 
 def test_the_average_starts_at_the_live_weights_and_is_apart_from_them():
     live = tensors(0)
-    ema = EMA(live, 0.9)
+    ema = EMA(live)
     before = copies(live)
     assert_same_bits(ema.average, before)
     live["weight"].zero_()
@@ -58,7 +58,7 @@ def awkward(seed):
 
 def test_swapping_shows_the_average_and_restores_every_bit():
     live = awkward(0)
-    ema = EMA(live, 0.9)
+    ema = EMA(live)
     for name, value in tensors(1).items():
         live[name].copy_(value)
     before, average = copies(live), copies(ema.average)
@@ -72,7 +72,7 @@ def test_swapping_shows_the_average_and_restores_every_bit():
 
 def test_an_exception_while_swapped_restores_every_bit():
     live = tensors(0)
-    ema = EMA(live, 0.9)
+    ema = EMA(live)
     for name, value in awkward(1).items():
         live[name].copy_(value)
     before, average = copies(live), copies(ema.average)

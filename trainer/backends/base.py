@@ -17,16 +17,19 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from data.base import Shard
 from models.base import STAGES, Backbone
+from trainer.config import RunConfig
 from trainer.group import gather
-from trainer.optim import Hyper, adamw, parameter_groups, set_hyper
-from trainer.sections import OptimConfig
+from trainer.optim import make_optimizer, make_state, parameter_groups, set_hyper
+from trainer.precision import LossScale
+from trainer.schedule import Hyper
 
 CanonicalState = dict[str, Tensor]
-"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME` and `step`, each a plain tensor
-that is equal on all ranks or a DTensor."""
+"""`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` (but not of Muon's matrices), `buffer/NAME`,
+`step` and what a LossScale has, each a plain tensor that is equal on all ranks or a DTensor."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,12 +39,19 @@ class StepInfo:
     """What an optimizer step tells, as tensors on the device: reading them is up to the caller.
 
     `grad_norm` is the global norm before clipping, `stage_norms` [4] the same of each stage's
-    parameters; `skipped` is 1.0 where the update was left out.
+    parameters, where the backend knows it; `skipped` is 1.0 where the update was left out.
     """
 
     grad_norm: Tensor
-    stage_norms: Tensor
     skipped: Tensor
+    stage_norms: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Return its values by name: grad_norm, skipped, grad_norm_stage1 and so on."""
+        named = {"grad_norm": self.grad_norm, "skipped": self.skipped}
+        if self.stage_norms is not None:
+            named |= {f"grad_norm_stage{s}": self.stage_norms[s - 1] for s in STAGES}
+        return named
 
 
 class Backend(Protocol):
@@ -54,7 +64,7 @@ class Backend(Protocol):
         """The share of every batch that this process works on."""
         ...
 
-    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+    def setup(self, model: Backbone) -> nn.Module:
         """Spread an initialised model on `device`, make the optimizer, return what to call."""
         ...
 
@@ -81,6 +91,10 @@ class Backend(Protocol):
         """Dress a tensor laid out like the local part of `name` as its share of the whole."""
         ...
 
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return of a canonical tensor what is laid out like the local part of `name`."""
+        ...
+
     def refresh(self) -> None:
         """Let the model compute with what was written to local_tensors()."""
         ...
@@ -103,19 +117,22 @@ class TorchBackend(ABC):
     Subclasses say how the model is wrapped, what the local part is, and how to add up over ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, config: RunConfig) -> None:
         self.device = device
-        self.data_shard = _data_shard()
+        self.config = config
+        self.data_shard = data_shard()
+        self.scaling = LossScale(device) if config.train.precision == "fp16" else None
 
-    def setup(self, model: Backbone, optim: OptimConfig) -> nn.Module:
+    def setup(self, model: Backbone) -> nn.Module:
         """See Backend.setup."""
         self.model = model
-        self.clip_grad = optim.clip_grad
         wrapped = self.wrap(model)
         self.parameters = dict(model.named_parameters())
         self.stage = model.parameter_stages()
         self.locals = {name: self.local(p.detach()) for name, p in self.parameters.items()}
-        self.optimizer = adamw(self.locals, parameter_groups(model), optim)
+        groups = parameter_groups(model, self.config.optim)
+        self.optimizer = make_optimizer(self.locals, groups, self.config.optim, self)
+        make_state(self.optimizer, self.locals.values())
         return wrapped
 
     @abstractmethod
@@ -128,7 +145,7 @@ class TorchBackend(ABC):
 
     def backward(self, loss: Tensor) -> None:
         """See Backend.backward."""
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss if self.scaling is None else loss * self.scaling.scale)
 
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
@@ -146,10 +163,14 @@ class TorchBackend(ABC):
     def apply(self, hyper: Hyper, keep: Tensor | None = None) -> StepInfo:
         """See Backend.apply."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        if self.scaling is not None:
+            torch._foreach_mul_(grads, 1 / self.scaling.scale)
         grad_norm, stage_norms = self._norms()
-        if self.clip_grad is not None:
-            torch._foreach_mul_(grads, (self.clip_grad / (grad_norm + 1e-6)).clamp(max=1.0))
+        if (limit := self.config.optim.clip_grad) is not None:
+            torch._foreach_mul_(grads, (limit / (grad_norm + 1e-6)).clamp(max=1.0))
         skipped = (~grad_norm.isfinite()).float()
+        if self.scaling is not None:
+            self.scaling.update(skipped)
         if keep is not None:
             skipped = torch.maximum(skipped, 1 - keep)
         for name, parameter in self.parameters.items():
@@ -157,11 +178,11 @@ class TorchBackend(ABC):
             self.locals[name].grad = None if grad is None else self.local(grad)
             parameter.grad = None
         set_hyper(self.optimizer, hyper)
-        # The fused step reads this on the device and then leaves weights and moments alone.
+        # The step reads this on the device and then leaves weights and moments alone.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepInfo(grad_norm, stage_norms, skipped)
+        return StepInfo(grad_norm, skipped, stage_norms)
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """Return the norm of all gradients, and those of each stage's, [4]."""
@@ -175,15 +196,14 @@ class TorchBackend(ABC):
         found = self.sum_over_shards(squares).sqrt()
         return found[0], found[1:]
 
-    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The buffers that are part of the training state, by name."""
-        kept = self.model.state_dict(keep_vars=True)
-        return ((name, b) for name, b in self.model.named_buffers() if name in kept)
-
     def local_tensors(self) -> dict[str, Tensor]:
         """See Backend.local_tensors."""
-        floating = {name: b for name, b in self._buffers() if b.is_floating_point()}
+        floating = {name: b for name, b in saved_buffers(self.model) if b.is_floating_point()}
         return {**self.locals, **floating}
+
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
+        """See Backend.local_part."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def refresh(self) -> None:  # noqa: B027
         """See Backend.refresh: the local tensors are what it computes with."""
@@ -192,10 +212,13 @@ class TorchBackend(ABC):
         """See Backend.export_state."""
         for name, local in self.locals.items():
             yield f"weight/{name}", self.canonical(name, local)
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", self.canonical(name, self.optimizer.state[local][moment])
-        for name, buffer in self._buffers():
+            held = self.optimizer.state[local]
+            for moment in (moment for moment in MOMENTS if moment in held):
+                yield f"{moment}/{name}", self.canonical(name, held[moment])
+        for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
+        if self.scaling is not None:
+            yield from self.scaling.tensors()
         yield "step", next(iter(self.optimizer.state.values()))["step"].clone()
 
     @torch.no_grad()
@@ -207,7 +230,13 @@ class TorchBackend(ABC):
             held["step"].copy_(state["step"])
 
 
-def _data_shard() -> Shard:
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that are part of the training state, by name."""
+    kept = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def data_shard() -> Shard:
     """Return this rank's share of the data, and which ranks run on its machine beside it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hosts = gather(socket.gethostname())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -31,13 +32,12 @@ class FSDPBackend(TorchBackend):
             raise UserError(
                 f"FSDP cannot divide {numbers[0]}, a single number: use --backend.name ddp"
             )
-        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-        for block in model.blocks():
-            if block.residual:
-                fully_shard(block.module, mesh=mesh)
-        # The root is resharded too: weights that stay gathered after an evaluation would be
-        # stale as soon as the average is swapped in.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        reshard = self.config.backend.reshard_after_forward()
+        self._mesh = _mesh(self.device, replicas=self.config.backend.replicas)
+        blocks = [block.module for block in model.blocks() if block.residual]
+        for module in (*blocks, model):
+            fully_shard(module, mesh=self._mesh, reshard_after_forward=reshard)
+        _prefetch(cast(list[FSDPModule], blocks), self.config.backend.prefetch)
         self._root = cast(FSDPModule, model)
         self._layouts = dict(model.named_parameters())
         return model
@@ -63,5 +63,30 @@ class FSDPBackend(TorchBackend):
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """See TorchBackend.sum_over_shards."""
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=self._mesh.get_group("shard"))
         return value
+
+    def refresh(self) -> None:
+        """See Backend.refresh: weights that stayed gathered after an evaluation are stale."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _mesh(device: torch.device, *, replicas: int) -> DeviceMesh:
+    """All processes in a row, or `replicas` rows, each of which divides a copy of the state."""
+    world_size = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, world_size // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
+
+
+def _prefetch(blocks: list[FSDPModule], count: int) -> None:
+    """Let each block gather the weights of the next `count` that run, in both directions."""
+    if count == 0:
+        return
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
+        before = blocks[max(index - count, 0) : index]
+        block.set_modules_to_backward_prefetch(before[::-1])

@@ -1,14 +1,15 @@
 """From a model's name to a model that is ready to be sharded: the one place that wraps blocks.
 
 Order: meta device -> materialise, NaN-filled so that a forgotten initialisation is loud -> weights
-and buffers -> activation checkpointing around compilation, block by block. Weights are drawn
-before sharding, from the seed alone, so that every backend and world size starts from the same.
+and buffers -> activation checkpointing or offload around compilation, block by block. Weights are
+drawn before sharding, from the seed alone, so that every backend and world size starts from the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models.base import Backbone
 from models.layers import BatchNorm, recomputing
@@ -31,6 +33,13 @@ COMPILE: dict[str, Any] = {
     "recompile_limit": 32,
     "options": {"layout_optimization": False},
 }
+
+# What selective checkpointing keeps instead of computing it again: what linear layers return. The
+# models change attention's products and convolutions in place, so those cannot be kept.
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Around a forward pass, and around its repetition."""
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> Backbone:
@@ -52,12 +61,13 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> Back
 
 
 def wrap_blocks(model: Backbone, config: MemoryConfig) -> None:
-    """Apply activation checkpointing and compilation to the residual blocks, in place.
+    """Apply activation checkpointing or offload, and compilation, to the residual blocks, in place.
 
     Compilation goes inside: compiling around a checkpoint gave NaN gradients of LayerNorm in
     bfloat16 on the CPU (torch 2.13 and 2.14).
     """
     stages = config.stages()
+    contexts = _selective_contexts if config.checkpointing == "selective" else _contexts
     for block in model.blocks():
         if not block.residual:
             continue
@@ -65,7 +75,9 @@ def wrap_blocks(model: Backbone, config: MemoryConfig) -> None:
         if config.compile:
             forward = torch.compile(forward, **COMPILE)
         if block.stage in stages:
-            forward = partial(_recompute, forward)
+            forward = partial(_recompute, forward, contexts)
+        elif config.offload_activations:
+            forward = partial(_offload, forward)
         block.module.forward = forward
 
 
@@ -78,14 +90,50 @@ def synchronise_batch_norm(model: nn.Module) -> None:
             module.process_group = dist.group.WORLD
 
 
-def _recompute(forward: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+def _recompute(
+    forward: Callable[..., Tensor],
+    contexts: Callable[[], Contexts],
+    *args: object,
+    **options: object,
+) -> Tensor:
     call = partial(forward, **options)
-    result: Tensor = checkpoint(call, *args, use_reentrant=False, context_fn=_contexts)
+    result: Tensor = checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
     return result
 
 
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts() -> Contexts:
     return nullcontext(), recomputing()
+
+
+def _selective_contexts() -> Contexts:
+    first, again = create_selective_checkpoint_contexts(PRODUCTS)  # type: ignore[no-untyped-call]
+    return first, _both(recomputing(), again)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _offload(forward: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+    """Run a block whose saved activations wait for the backward pass in the CPU's memory."""
+    with saved_tensors_hooks(_to_cpu, _from_cpu):
+        return forward(*args, **options)
+
+
+def _to_cpu(saved: Tensor) -> tuple[torch.device, Tensor]:
+    """Move an activation; weights stay, since their memory belongs to the backend."""
+    if saved.is_leaf or (saved._base is not None and saved._base.is_leaf):
+        return saved.device, saved
+    pinned = saved.device.type == "cuda"
+    held = torch.empty_like(saved, device="cpu", pin_memory=pinned)
+    return saved.device, held.copy_(saved, non_blocking=pinned)
+
+
+def _from_cpu(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, held = packed
+    return held.to(device, non_blocking=True)
 
 
 @torch.no_grad()

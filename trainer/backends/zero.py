@@ -1,0 +1,220 @@
+"""DeepSpeed's ZeRO (https://arxiv.org/abs/1910.02054): stages 1 to 3, and offload to the CPU.
+
+Stage 1 divides the optimizer's state over the processes, stage 2 the gradients too, stage 3 the
+weights too. DeepSpeed flattens parameters one after the other and cuts where the ranks' equal
+parts end, so a rank holds a range of some parameters and nothing of others.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from models.base import Backbone
+from trainer.config import RunConfig, UserError
+from trainer.optim import adamw, make_state, parameter_groups, set_hyper
+from trainer.schedule import Hyper
+from trainer.zero_config import zero_config
+
+from .base import MOMENTS, CanonicalState, StepInfo, data_shard, saved_buffers
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a parameter: its elements `start` and on, `length` of them.
+
+    They are the elements `offset` and on of the flat fp32 weights `flat`.
+    """
+
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part of a tensor laid out like `flat`, sharing its memory."""
+        return flat.detach().narrow(0, self.offset, self.length)
+
+
+class ZeroBackend:
+    """Lets DeepSpeed divide the training state, step by our AdamW over its flat parts."""
+
+    def __init__(self, device: torch.device, config: RunConfig) -> None:
+        self.device = device
+        self.config = config
+        self.data_shard = data_shard()
+
+    def setup(self, model: Backbone) -> nn.Module:
+        """See Backend.setup.
+
+        Raises:
+            UserError: if DeepSpeed is not installed.
+        """
+        deepspeed = _deepspeed(self.device)
+        self.model = model
+        self.mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        parameters = dict(model.named_parameters())
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        stage = self.config.backend.zero_stage
+        if stage == 3:
+            for block in model.blocks():
+                if block.residual:  # gathered whole: its parts use one another's weights
+                    deepspeed.utils.set_z3_leaf_module(block.module, True)
+        groups = parameter_groups(model, self.config.optim)
+        self.optimizer = adamw(parameters, groups, self.config.optim)
+        self.engine: Any = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=zero_config(self.config)
+        )[0]
+        zero = self.engine.optimizer
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        make_state(self.optimizer, flats)
+        shares = dict(_shares_of_3(zero) if stage == 3 else _shares_of_1_and_2(zero))
+        nothing = Share(0, 0, flats[0], 0)
+        self.shares = {name: shares.get(id(p), nothing) for name, p in parameters.items()}
+        engine: nn.Module = self.engine
+        return engine
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """See Backend.micro_batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See Backend.backward."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def apply(self, hyper: Hyper, keep: Tensor | None = None) -> StepInfo:
+        """See Backend.apply; DeepSpeed does wait for the device, to see if the norm is finite."""
+        assert keep is None, "DeepSpeed steps on its own decision"
+        set_hyper(self.optimizer, hyper)
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
+        return StepInfo(norm, torch.tensor(float(self.engine.optimizer.overflow)))
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """See Backend.local_tensors."""
+        floating = {name: b for name, b in saved_buffers(self.model) if b.is_floating_point()}
+        return {**{name: share.of(share.flat) for name, share in self.shares.items()}, **floating}
+
+    def canonical(self, name: str, local: Tensor) -> Tensor:
+        """See Backend.canonical: a copy, divided along the first dimension; all ranks must call."""
+        share = self.shares.get(name)
+        if share is None:  # a buffer, equal on all ranks
+            return local
+        whole = torch.zeros(self.shapes[name], dtype=local.dtype, device=self.device)
+        whole.flatten()[share.start : share.start + share.length] = local
+        dist.all_reduce(whole)
+        if whole.dim() == 0:
+            return whole
+        rows = -(-whole.shape[0] // self.mesh.size())
+        mine = whole[rows * dist.get_rank() :][:rows].clone()  # the whole is not kept
+        return DTensor.from_local(
+            mine, self.mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()
+        )
+
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
+        """See Backend.local_part."""
+        share = self.shares.get(name)
+        if share is None:
+            return tensor
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.flatten()[share.start : share.start + share.length]
+
+    def refresh(self) -> None:
+        """See Backend.refresh."""
+        zero = self.engine.optimizer
+        if self.config.backend.zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero.parameter_offload.partition_all_parameters()  # some may still be whole
+        for index in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
+        """See Backend.export_state: copies, made one parameter at a time."""
+        for name, share in self.shares.items():
+            yield f"weight/{name}", self.canonical(name, share.of(share.flat))
+            for moment, flat in self._moments(share):
+                yield f"{moment}/{name}", self.canonical(name, share.of(flat))
+        for name, buffer in saved_buffers(self.model):
+            yield f"buffer/{name}", buffer
+        yield "step", self._steps()[0].clone()
+
+    @torch.no_grad()
+    def import_state(self, state: CanonicalState) -> None:
+        """See Backend.import_state."""
+        for name, share in self.shares.items():
+            share.of(share.flat).copy_(self.local_part(name, state[f"weight/{name}"]))
+            for moment, flat in self._moments(share):
+                share.of(flat).copy_(self.local_part(name, state[f"{moment}/{name}"]))
+        for name, buffer in saved_buffers(self.model):
+            buffer.copy_(state[f"buffer/{name}"])
+        for step in self._steps():
+            step.copy_(state["step"])
+        self.refresh()
+
+    def _moments(self, share: Share) -> Iterator[tuple[str, Tensor]]:
+        held = self.optimizer.state[share.flat]
+        return ((moment, held[moment]) for moment in MOMENTS)
+
+    def _steps(self) -> list[Tensor]:
+        return [held["step"] for held in self.optimizer.state.values()]
+
+
+def _shares_of_1_and_2(zero: Any) -> Iterator[tuple[int, Share]]:
+    """Yield the ids of parameters and their shares; each parameter group is one flat tensor."""
+    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        for parameter in group:
+            held = parameter._hp_mapping
+            if held is not None:  # else all of it is on other ranks
+                start, place = held.lp_fragment_address.start, held.hp_fragment_address
+                yield id(parameter), Share(start, place.numel, flat, place.start)
+
+
+def _shares_of_3(zero: Any) -> Iterator[tuple[int, Share]]:
+    """The same for stage 3, which divides each parameter evenly, padding its end."""
+    rank = dist.get_rank()
+    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        offset = 0
+        for parameter in group:
+            part = parameter.partition_numel()
+            start = min(rank * part, parameter.ds_numel)
+            length = min(part, parameter.ds_numel - start)
+            yield id(parameter), Share(start, length, flat, offset)
+            offset += part
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """Return the module `deepspeed`, set to work with `device`.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # by which it finds its GPU
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"backend.name zero1 to zero3 need DeepSpeed ({error}): pip install deepspeed, or use "
+            "--backend.name fsdp"
+        ) from None
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
+    # Sums in one machine's shared memory; it would be compiled now, for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,58 @@
+"""What a run asks of DeepSpeed, as DeepSpeed's own configuration. Torch-free.
+
+Nothing of it is a setting by itself: it follows from the run's configuration. The optimizer, its
+schedule and the batches are ours, so only the division of the training state is left to say.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+# Elements of a message between processes: DeepSpeed's own size, made for language models, would
+# be a buffer larger than the networks here.
+BUCKET = 25_000_000
+
+
+def zero_config(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration for `deepspeed.initialize`, as plain JSON values.
+
+    Keys as in https://www.deepspeed.ai/docs/config-json/.
+    """
+    return {
+        # It only counts images with this one; the micro-batches are what the loader gives.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.train.accumulate,
+        "gradient_clipping": config.optim.clip_grad or 0.0,
+        "zero_optimization": _zero_optimization(config),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # It switches the caller's autocast off. An empty list keeps what travels in fp32.
+        "torch_autocast": {
+            "enabled": config.train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }
+
+
+def _zero_optimization(config: RunConfig) -> dict[str, Any]:
+    stage = config.backend.zero_stage
+    found: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "overlap_comm": False,
+    }
+    if config.backend.offload != "none":
+        found["offload_optimizer"] = {"device": "cpu"}
+    if config.backend.offload == "all":
+        found["offload_param"] = {"device": "cpu"}
+    if stage == 3:
+        # Weights of any size are divided: those kept whole would be stale after an evaluation of
+        # the average.
+        found["stage3_param_persistence_threshold"] = 0
+        found["stage3_prefetch_bucket_size"] = BUCKET
+    return found
