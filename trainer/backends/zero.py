@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -109,12 +109,20 @@ class ZeroBackend:
 
     def canonical(self, name: str, local: Tensor) -> Tensor:
         """See Backend.canonical: a copy, divided along the first dimension; all ranks must call."""
-        share = self.shares.get(name)
-        if share is None:  # a buffer, equal on all ranks
+        if name not in self.shares:  # a buffer, equal on all ranks
             return local
-        whole = torch.zeros(self.shapes[name], dtype=local.dtype, device=self.device)
-        whole.flatten()[share.start : share.start + share.length] = local
-        dist.all_reduce(whole)
+        return self._canonical(name, [local])[0]
+
+    def _canonical(self, name: str, locals_: Sequence[Tensor]) -> list[Tensor]:
+        """Put several tensors laid out like a parameter together at once: messages cost time."""
+        share, shape = self.shares[name], self.shapes[name]
+        wholes = torch.zeros(len(locals_), *shape, device=self.device)
+        for whole, local in zip(wholes.view(len(locals_), -1), locals_, strict=True):
+            whole[share.start : share.start + share.length] = local
+        dist.all_reduce(wholes)
+        return [self._divided(whole) for whole in wholes]
+
+    def _divided(self, whole: Tensor) -> Tensor:
         if whole.dim() == 0:
             return whole
         rows = -(-whole.shape[0] // self.mesh.size())
@@ -144,9 +152,9 @@ class ZeroBackend:
     def export_state(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend.export_state: copies, made one parameter at a time."""
         for name, share in self.shares.items():
-            yield f"weight/{name}", self.canonical(name, share.of(share.flat))
-            for moment, flat in self._moments(share):
-                yield f"{moment}/{name}", self.canonical(name, share.of(flat))
+            flats = self._flats(share)
+            wholes = self._canonical(name, [share.of(flat) for flat in flats.values()])
+            yield from zip((f"{kind}/{name}" for kind in flats), wholes, strict=True)
         for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
         yield "step", self._steps()[0].clone()
@@ -155,18 +163,18 @@ class ZeroBackend:
     def import_state(self, state: CanonicalState) -> None:
         """See Backend.import_state."""
         for name, share in self.shares.items():
-            share.of(share.flat).copy_(self.local_part(name, state[f"weight/{name}"]))
-            for moment, flat in self._moments(share):
-                share.of(flat).copy_(self.local_part(name, state[f"{moment}/{name}"]))
+            for kind, flat in self._flats(share).items():
+                share.of(flat).copy_(self.local_part(name, state[f"{kind}/{name}"]))
         for name, buffer in saved_buffers(self.model):
             buffer.copy_(state[f"buffer/{name}"])
         for step in self._steps():
             step.copy_(state["step"])
         self.refresh()
 
-    def _moments(self, share: Share) -> Iterator[tuple[str, Tensor]]:
+    def _flats(self, share: Share) -> dict[str, Tensor]:
+        """The flat tensors that a share is part of, by what they hold."""
         held = self.optimizer.state[share.flat]
-        return ((moment, held[moment]) for moment in MOMENTS)
+        return {"weight": share.flat, **{moment: held[moment] for moment in MOMENTS}}
 
     def _steps(self) -> list[Tensor]:
         return [held["step"] for held in self.optimizer.state.values()]
