@@ -80,7 +80,7 @@ def _tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
             local = found.to_local() if isinstance(found, DTensor) else found
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

@@ -74,13 +74,12 @@ class ZeroBackend:
             model=model, optimizer=self.optimizer, config=zero_config(self.config)
         )[0]
         zero = self.engine.optimizer
-        flats = (
-            zero.fp32_partitioned_groups_flat
-            if stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
+        flats, shares = _layout_of_3(zero) if stage == 3 else _layout_of_1_and_2(zero)
+        if stage == 3 and self.config.backend.offload == "none":
+            # What it computes with is fp32 as well: no second copy of it is needed.
+            for flat, working in zip(flats, zero.fp16_partitioned_groups_flat, strict=True):
+                flat.data = working.data
         make_state(self.optimizer, flats)
-        shares = dict(_shares_of_3(zero) if stage == 3 else _shares_of_1_and_2(zero))
         nothing = Share(0, 0, flats[0], 0)
         self.shares = {name: shares.get(id(p), nothing) for name, p in parameters.items()}
         engine: nn.Module = self.engine
@@ -180,27 +179,30 @@ class ZeroBackend:
         return [held["step"] for held in self.optimizer.state.values()]
 
 
-def _shares_of_1_and_2(zero: Any) -> Iterator[tuple[int, Share]]:
-    """Yield the ids of parameters and their shares; each parameter group is one flat tensor."""
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+def _layout_of_1_and_2(zero: Any) -> tuple[list[Tensor], dict[int, Share]]:
+    """Return the flat weights, one for each parameter group, and shares by parameter id."""
+    flats, shares = zero.single_partition_of_fp32_groups, {}
+    for flat, group in zip(flats, zero.bit16_groups, strict=True):
         for parameter in group:
             held = parameter._hp_mapping
             if held is not None:  # else all of it is on other ranks
                 start, place = held.lp_fragment_address.start, held.hp_fragment_address
-                yield id(parameter), Share(start, place.numel, flat, place.start)
+                shares[id(parameter)] = Share(start, place.numel, flat, place.start)
+    return flats, shares
 
 
-def _shares_of_3(zero: Any) -> Iterator[tuple[int, Share]]:
-    """The same for stage 3, which divides each parameter evenly, padding its end."""
-    rank = dist.get_rank()
-    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+def _layout_of_3(zero: Any) -> tuple[list[Tensor], dict[int, Share]]:
+    """Return the same for stage 3, which divides each parameter evenly, padding its end."""
+    flats, shares = zero.fp32_partitioned_groups_flat, {}
+    for flat, group in zip(flats, zero.fp16_groups, strict=True):
         offset = 0
         for parameter in group:
             part = parameter.partition_numel()
-            start = min(rank * part, parameter.ds_numel)
+            start = min(dist.get_rank() * part, parameter.ds_numel)
             length = min(part, parameter.ds_numel - start)
-            yield id(parameter), Share(start, length, flat, offset)
+            shares[id(parameter)] = Share(start, length, flat, offset)
             offset += part
+    return flats, shares
 
 
 def _deepspeed(device: torch.device) -> Any:
