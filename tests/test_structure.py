@@ -81,7 +81,7 @@ EXCEPTIONS = {
     ("trainer.__main__", "models"),
     ("trainer.__main__", "data"),
     ("trainer.backends.wrap", "models.layers"),  # tells BatchNorm that a forward is a second one
-    ("trainer.loop", "models.layers"),  # and which part of a step it is
+    ("trainer.engine", "models.layers"),  # and which part of a step it is
     ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
     ("trainer.export", "models.timm_model"),  # and whose code that library has itself
     ("trainer.export", "models.convert"),  # writes the authors' files

@@ -32,6 +32,11 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"optim.name {config.optim.name} needs parameters one by one, and {backend.name} lays "
             "them end to end: use optim.name adamw, or backend.name ddp or fsdp"
         )
+    if config.guard.spike and config.guard.action == "skip" and backend.zero_stage:
+        yield (
+            f"guard.action skip needs an update that the device can leave out, and {backend.name} "
+            "leaves none out: use guard.action rollback or abort"
+        )
     if config.train.microbatch == "auto" and config.train.accumulate != 1:
         yield (
             f"train.accumulate is {config.train.accumulate}, which train.microbatch auto is to "

@@ -16,6 +16,7 @@ from data.mixing import normalize
 from data.pipeline import eval_batches
 
 from .config import RunConfig
+from .engine import Engine
 from .signals import Signals
 from .watchdog import Watchdog
 
@@ -23,7 +24,7 @@ from .watchdog import Watchdog
 class Evaluator:
     """Evaluates a run's network on its evaluation split `source`, of which `shard` is this rank's.
 
-    It must stand for square images of `model.img_size` pixels. `signals` may cut it short.
+    `signals` may cut it short.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Evaluator:
         self.signals = signals
         self.watchdog = watchdog
 
-    def accuracy(self, model: nn.Module) -> dict[str, float] | None:
-        """Return top1 and top5 in percent, or None if it was stopped."""
+    def accuracy(self, engine: Engine) -> dict[str, float] | None:
+        """Return top1 and top5 of an engine's network in percent, or None if it was stopped."""
         data, size = self.config.data, self.config.model.img_size
         batches = eval_batches(
             self.source,
@@ -58,9 +59,10 @@ class Evaluator:
             device=self.device,
             while_waiting=self.signals.while_waiting,
         )
-        with closing(batches):
+        engine.fit(size)
+        with closing(batches), engine.autocast():
             return evaluate(
-                model,
+                engine.model,
                 batches,
                 normalize=partial(normalize, mean=data.mean, std=data.std),
                 stop=self._stop,

@@ -1,59 +1,43 @@
 """Trainer: builds a run in order, then loops.
 
-Nothing here depends on the backend, the model family or the kind of data; there are no callbacks:
-what the loop does, it calls by name.
+Owns a run's course: when data are taken, steps made, checkpoints saved, evaluations held. Nothing
+here depends on the backend, the model family or the kind of data; there are no callbacks: what the
+loop does, it calls by name.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.base import Batch, Cursor, Stopped
 from data.ledger import settle
-from data.randomness import drop_noise
 from launcher.process import Process
-from models.layers import micro_batch
 
-from .backends.base import Backend
-from .backends.ddp import DDPBackend
-from .backends.fsdp import FSDPBackend
-from .backends.wrap import build_model, synchronise_batch_norm, wrap_blocks
-from .backends.zero import ZeroBackend
 from .checkpoint import Checkpointer
 from .config import RunConfig
 from .determinism import be_deterministic
-from .ema import EMA
+from .engine import Engine
 from .evaluate import Evaluator
 from .group import gather, gloo_group, join
 from .guard import BadNumericsError, Guard, Spike
-from .inputs import make_mixer, make_stream, open_val, pixels
+from .inputs import make_stream, open_val, pixels
 from .metrics import MetricLogger
 from .microbatch import fit_microbatch
-from .precision import autocast
 from .schedule import Hyper, hyper_at
 from .signals import Signals
 from .state import TrainState
 from .stragglers import Stragglers
 from .task import make_task
 from .watchdog import Watchdog
-
-BACKENDS: dict[str, type[DDPBackend] | type[FSDPBackend] | type[ZeroBackend]] = {
-    "ddp": DDPBackend,
-    "fsdp": FSDPBackend,
-    "zero1": ZeroBackend,
-    "zero2": ZeroBackend,
-    "zero3": ZeroBackend,
-}
 
 
 class Trainer:
@@ -65,22 +49,13 @@ class Trainer:
         if config.train.deterministic:
             be_deterministic()
         self.device = join(process, self.run_dir)
-        self.task = make_task(config, self.device)
-        self.config = config = fit_microbatch(config, self.device, self.task)
+        task = make_task(config, self.device)
+        self.config = config = fit_microbatch(config, self.device, task)
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
-        self.mix = make_mixer(config)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
-        for _, side in config.train.image_sides():  # a size that does not fit is an error now
-            self._fit(side)
-        wrap_blocks(self.bare_model, config.memory)
-        synchronise_batch_norm(self.bare_model)
-        self.backend: Backend = BACKENDS[config.backend.name](self.device, config)
-        self.model = self.backend.setup(self.bare_model)
-        averaged = config.train.ema_decay > 0
-        self.ema = EMA(self.backend.local_tensors()) if averaged else None
+        self.engine = Engine(config, self.device, task)
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
             gloo_group(),
@@ -98,7 +73,7 @@ class Trainer:
         self.evaluator = Evaluator(
             config,
             val,
-            shard=self.backend.data_shard,
+            shard=self.engine.backend.data_shard,
             device=self.device,
             signals=self.signals,
             watchdog=self.watchdog,
@@ -137,7 +112,7 @@ class Trainer:
         with closing(
             self.pipeline.batches(
                 self.state.cursor,
-                self.backend.data_shard,
+                self.engine.backend.data_shard,
                 while_waiting=self.signals.while_waiting,
             )
         ) as stream:
@@ -166,10 +141,14 @@ class Trainer:
         """Make the next optimizer step with its micro-batches; return its device scalars."""
         self.watchdog.at("computing")
         hyper = self._hyper()
-        values = self._step([batch for batch, _ in data], hyper)
+        batches = [batch for batch, _ in data]
+        loss = self.engine.accumulate(batches, hyper, self.stragglers)
+        verdict = self.guard.judge(loss["loss"])
+        info = self.engine.apply(hyper, self.guard.keep(verdict))
+        values = {**loss, **verdict, **info.to_dict()}
         begin, (_, after) = self.state.cursor, data[-1]
         self.state = self.state.advance(after)
-        self.guard.note(self.state.step, begin, hyper, [batch for batch, _ in data], values)
+        self.guard.note(self.state.step, begin, hyper, batches, values)
         self.metrics.train(self.state.step, values, lr=hyper.lr)
         return values
 
@@ -182,48 +161,6 @@ class Trainer:
         except Stopped:
             return []
         return [] if self.signals.agree() else data
-
-    def _step(self, batches: Sequence[Batch], hyper: Hyper) -> dict[str, Tensor]:
-        """Make one optimizer step; return its device scalars."""
-        accumulate = len(batches)
-        self.bare_model.drop_share = hyper.drop_path
-        values: dict[str, Tensor] = {}
-        for micro, batch in enumerate(batches):
-            self._fit(batch.images.shape[1])
-            last = micro == accumulate - 1
-            with micro_batch(micro, count=accumulate), self.backend.micro_batch(last=last):
-                with self._autocast(), self.stragglers.timing():
-                    images, targets = self.mix(batch)
-                    loss = self.task(self.model, images, targets, self._drop_noise(batch))
-                share = batch.weight / accumulate
-                self.backend.backward(loss.total * share)
-            for name, part in loss.parts.items():
-                values[name] = values.get(name, torch.zeros_like(part)) + part * share
-        verdict = self.guard.judge(values["loss"])
-        info = self.backend.apply(hyper, self.guard.keep(verdict))
-        if self.ema is not None:
-            self.ema.update(hyper.ema_decay)
-        return {**values, **verdict, **info.to_dict()}
-
-    def _fit(self, side: int) -> None:
-        """Set the model for square images of `side` pixels."""
-        if self.bare_model.size != (side, side):
-            self.bare_model.reset_buffers((side, side))
-
-    def _autocast(self) -> torch.autocast:
-        return autocast(self.device, self.config.train.precision)
-
-    def _drop_noise(self, batch: Batch) -> Tensor | None:
-        """The micro-batch's drop-path noise, keyed by each image's place in the epoch."""
-        if self.config.model.drop_path == 0:
-            return None
-        noise = drop_noise(
-            self.config.train.seed,
-            batch.epoch,
-            batch.positions.numpy(),
-            num_blocks=self.bare_model.num_blocks,
-        )
-        return torch.from_numpy(noise).to(self.device, non_blocking=True)
 
     def _hyper(self) -> Hyper:
         """What the schedules say of the next step."""
@@ -285,36 +222,15 @@ class Trainer:
         if not self._evaluation_is_due():
             return
         with self.metrics.paused():
-            results = self._accuracy()
-            if results is not None and self.ema is not None:
-                with self._averaged():
-                    average = self._accuracy()
+            results = self.evaluator.accuracy(self.engine)
+            if results is not None and self.engine.ema is not None:
+                with self.engine.averaged():
+                    average = self.evaluator.accuracy(self.engine)
                 results = average and results | {f"ema_{name}": v for name, v in average.items()}
         if results is not None:
             self.state = self.state.judge(results.get("ema_top1", results["top1"]))
             self.metrics.flush()
             self.metrics.event("eval", self.state.step, **results)
-
-    def _accuracy(self) -> dict[str, float] | None:
-        self._fit(self.config.model.img_size)
-        with self._autocast():
-            return self.evaluator.accuracy(self.model)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Let the model compute with the average for as long as the context lasts."""
-        assert self.ema is not None
-        with self.ema.swapped():
-            self.backend.refresh()
-            yield
-        self.backend.refresh()
-
-    def _full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the training state, by canonical name."""
-        yield from self.backend.export_state()
-        if self.ema is not None:
-            for name, tensor in self.ema.average.items():
-                yield f"ema/{name}", self.backend.canonical(name, tensor)
 
     def _save(self, *, in_background: bool) -> None:
         self.watchdog.at("saving")
@@ -326,7 +242,7 @@ class Trainer:
             "backend": self.config.backend.name,
         }
         begin = time.perf_counter()
-        self.checkpointer.save(self._full_state(), self.state.step, record, keep=self._kept_best())
+        self.checkpointer.save(self.engine.state(), self.state.step, record, keep=self._kept_best())
         if not in_background:
             self.checkpointer.wait()
         self.saved = self.state
@@ -384,14 +300,11 @@ class Trainer:
 
     def _restore(self) -> TrainState:
         """Continue from the newest good checkpoint, or start."""
-        state = dict(self._full_state())
+        state = dict(self.engine.state())
         record = self.checkpointer.load(state, model=self.config.model.name)
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())
-        self.backend.import_state(state)
-        if self.ema is not None:
-            for name, tensor in self.ema.average.items():
-                tensor.copy_(self.backend.local_part(name, state[f"ema/{name}"]))
+        self.engine.take(state)
         return TrainState.from_dict(record["state"])
 
     def _announce(self) -> None:
@@ -411,7 +324,7 @@ class Trainer:
         """Put the first images of this start on the board, augmented and mixed."""
         if self.config.log.images == 0:
             return
-        images, _ = self.mix(batch)
+        images, _ = self.engine.mix(batch)
         self.metrics.images(self.state.step, pixels(images[: self.config.log.images], self.config))
 
     def _finish(self) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 
@@ -75,7 +74,7 @@ class Probe:
 
     def _after(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in tree_leaves(output):
+            for tensor in output if isinstance(output, list | tuple) else [output]:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self.look(f"output of {name}", tensor)
                     if tensor.requires_grad:

@@ -45,14 +45,14 @@ def replay(config: RunConfig, step: int, scratch: Path) -> tuple[Probe, dict[str
         raise UserError(f"step {step} is not one of the run's {trainer.total_steps}")
     accumulate, probe = trainer.config.train.accumulate, Probe()
     with closing(
-        trainer.pipeline.batches(trainer.state.cursor, trainer.backend.data_shard)
+        trainer.pipeline.batches(trainer.state.cursor, trainer.engine.backend.data_shard)
     ) as data:
         while trainer.state.step < step - 1:
             trainer.advance(list(islice(data, accumulate)))
             print(f"step {trainer.state.step} made again", flush=True)
-        with probe.watching(trainer.bare_model):
+        with probe.watching(trainer.engine.bare_model):
             values = trainer.advance(list(islice(data, accumulate)))
-    for name, tensor in trainer.backend.local_tensors().items():
+    for name, tensor in trainer.engine.backend.local_tensors().items():
         probe.look(f"{name} after the step", tensor)
     trainer.watchdog.close()
     return probe, {name: value.item() for name, value in values.items()}

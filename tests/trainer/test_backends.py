@@ -16,7 +16,7 @@ from trainer import zero_config
 from trainer.backends.base import Backend, CanonicalState
 from trainer.backends.wrap import build_model
 from trainer.config import RunConfig, override
-from trainer.loop import BACKENDS
+from trainer.engine import BACKENDS
 from trainer.optim import Hyper
 from trainer.precision import LossScale
 from trainer.recipes import recipe

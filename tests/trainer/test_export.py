@@ -39,11 +39,11 @@ def train_and_show(rank, world_size, config):
     Path(run_config.run_dir, "config.json").write_text(config)
     trainer = Trainer(run_config, Process.from_environment({}))
     assert trainer.run()
-    trainer.model.eval()
+    trainer.engine.model.eval()
     with torch.no_grad():
-        live = trainer.model(sample_images(SIZE))
-        with trainer.ema.swapped():
-            return {"live": live, "ema": trainer.model(sample_images(SIZE))}
+        live = trainer.engine.model(sample_images(SIZE))
+        with trainer.engine.ema.swapped():
+            return {"live": live, "ema": trainer.engine.model(sample_images(SIZE))}
 
 
 @pytest.fixture(scope="module", params=CLASSIFIERS)

@@ -26,7 +26,7 @@ from tests.trainer.runs import (
 from trainer import manifest
 from trainer.checkpoint import Checkpointer, State
 from trainer.config import RunConfig
-from trainer.loop import BACKENDS
+from trainer.engine import BACKENDS
 
 
 @pytest.mark.slow
