@@ -4,11 +4,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.trainer.faults import DAMAGES, SCENARIOS, on_its_disk
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_no_fault_in_a_save_loses_a_run(tmp_path):
     done = subprocess.run(
         on_its_disk(tmp_path, stride=9), cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 
+from launcher.__main__ import main
 from launcher.process import Process
 from tests.dist import run_distributed
-from tests.trainer.runs import tiny_config
+from tests.trainer.runs import lines, tiny_config
 from trainer import manifest
 from trainer.__main__ import run
-from trainer.config import RunConfig
+from trainer.config import RunConfig, UserError
 from trainer.loop import Trainer
 from trainer.signals import Signals
 
@@ -72,12 +74,25 @@ def stop_at_step_3(rank, world_size, config):
     return [steps[-1], failure.code, failure.message]
 
 
-def test_a_last_save_is_made_if_the_time_is_enough(tmp_path):
-    config = tiny_config(tmp_path / "run", "--checkpoint.every", "3", "--checkpoint.grace", "600")
+def test_a_last_save_is_made_if_the_time_is_enough(tmp_path, capsys):
+    options = ("--checkpoint.grace", "100000", "--checkpoint.local-dir", str(tmp_path / "local"))
+    config = tiny_config(tmp_path / "run", "--checkpoint.every", "3", *options)
     ((stopped, code, message),) = run_distributed(stop_at_step_3, 1, config.to_json())
     assert (code, message) == (75, f"step {stopped} is saved: start the run again to go on")
     folder = manifest.step_folder(tmp_path / "run" / "checkpoints", stopped)
     assert manifest.newest_good(tmp_path / "run" / "checkpoints") == (folder, [])
+    saves = lines(tmp_path / "run", "save")
+    assert [line["step"] for line in saves] == [3, stopped]
+    assert all(line["stall"] > 0 for line in saves)
+    (local,) = (tmp_path / "local").iterdir()
+    assert list(local.iterdir()) == [], "it went that way, and nothing stayed"
+    assert main(["ckpt", "ls", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("fsdp on 1, start 1\n") == 2
+
+
+def test_a_local_folder_is_the_same_wherever_a_worker_starts(tmp_path):
+    with pytest.raises(UserError, match="local_dir is scratch: give an absolute path"):
+        tiny_config(tmp_path, "--checkpoint.local-dir", "scratch")
 
 
 def test_without_time_there_is_no_last_save_and_none_is_lost(tmp_path):
