@@ -61,8 +61,6 @@ def _shares_held(rank: int, world_size: int) -> dict[str, float]:
             before = _tensor_bytes()
             backend, model, bare = make(config("--backend.name", name))
             backward(backend, model)
-            backend.apply(HYPER)
-            backward(backend, model)
             held = _tensor_bytes() - before
             parameters = sum(t.numel() for n, t in backend.export_state() if "weight/" in n)
             found[name] = held / (16 * parameters)
