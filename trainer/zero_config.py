@@ -55,4 +55,6 @@ def _zero_optimization(config: RunConfig) -> dict[str, Any]:
         # the average.
         found["stage3_param_persistence_threshold"] = 0
         found["stage3_prefetch_bucket_size"] = BUCKET
+        # It would replace F.linear in the whole process by one that adds the bias in place.
+        found["memory_efficient_linear"] = False
     return found

@@ -36,6 +36,11 @@ def tiny_config(run_dir: Path, *arguments: str) -> RunConfig:
 
 def train(rank: int, world_size: int, config: str) -> bool:
     """Run a whole configuration (JSON) as one rank of a process group that exists."""
+    return make_trainer(rank, world_size, config).run()
+
+
+def make_trainer(rank: int, world_size: int, config: str) -> Trainer:
+    """Return what train() runs."""
     run_config = RunConfig.from_json(config)
     run_dir = Path(run_config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -44,7 +49,7 @@ def train(rank: int, world_size: int, config: str) -> bool:
         rank=rank, world_size=world_size, local_rank=rank, node=0,
         address="127.0.0.1", port=0, kind="torchrun",
     )  # fmt: skip
-    return Trainer(run_config, place).run()
+    return Trainer(run_config, place)
 
 
 def train_named(

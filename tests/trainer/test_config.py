@@ -208,8 +208,80 @@ def test_what_would_fail_later_is_refused_at_once(arguments, said):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend.offload", "optimizer"], "fsdp does not know: use backend.name zero1, zero2"),
+        (["--backend.name", "zero2", "--backend.offload", "all"], "keeps them whole: use"),
+        (["--backend.name", "zero1", "--train.precision", "fp16"], "fp16 needs a loss scale"),
+        (["--backend.name", "ddp", "--backend.replicas", "2"], "ddp does not know: use"),
+        (["--backend.name", "zero3", "--backend.reshard", "no"], "zero3 does not know: use"),
+        (["--backend.name", "ddp", "--backend.prefetch", "1"], "ddp does not know: use"),
+        (["--backend.reshard", "1"], "backend.reshard is '1': give yes, no, or how many"),
+        (["--backend.reshard", "maybe"], "backend.reshard is 'maybe'"),
+        (["--backend.replicas", "0"], "backend.replicas is 0: it must be above 0"),
+        (["--memory.compile", "--memory.checkpointing", "selective"], "use memory.checkpointing f"),
+        (["--memory.offload-activations", "--memory.checkpointing", "full"], "nothing to move"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_remedy(arguments, said):
+    with pytest.raises(UserError) as error:
+        override(recipe("demo"), arguments)
+    assert said in str(error.value)
+    assert "; " not in str(error.value), "once"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "said"),
+    [
+        (["--backend.replicas", "3"], 4, "replicas 3 does not divide the 4 processes"),
+        (["--backend.replicas", "4"], 4, "leaves nothing to divide"),
+        (["--backend.reshard", "3"], 4, "backend.reshard 3 must divide the 4 processes"),
+        (["--backend.reshard", "4"], 4, "and be below their number"),
+        (["--backend.replicas", "2", "--backend.reshard", "4"], 8, "must divide the 4 processes"),
+    ],
+)
+def test_what_does_not_fit_the_processes_is_refused(arguments, world_size, said):
+    with pytest.raises(UserError) as error:
+        override(recipe("demo"), arguments).check_world(world_size)
+    assert said in str(error.value)
+
+
+def test_what_fits_the_processes_is_not():
+    divided = ["--backend.replicas", "2", "--backend.reshard", "2"]
+    override(recipe("demo"), divided).check_world(8)
+    for world_size in (1, 3, 7):
+        for name in ("ddp", "fsdp", "zero3"):
+            override(recipe("demo"), ["--backend.name", name]).check_world(world_size)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (2, "optimizer"), (3, "all")])
+def test_deepspeeds_configuration_follows_from_the_run_s(stage, offload):
+    arguments = ["--backend.name", f"zero{stage}", "--backend.offload", offload]
+    arguments += ["--train.accumulate", "4", "--optim.clip-grad", "2.5"]
+    config = override(recipe("demo"), arguments)
+    shown = json.loads(config.describe())
+    zero = shown.pop("deepspeed")
+    assert RunConfig.from_json(json.dumps(shown)) == config
+    assert (zero["gradient_accumulation_steps"], zero["gradient_clipping"]) == (4, 2.5)
+    assert zero["zero_optimization"]["stage"] == stage
+    moved = {name for name in zero["zero_optimization"] if name.startswith("offload")}
+    assert len(moved) == ["none", "optimizer", "all"].index(offload)
+
+
+def test_without_deepspeed_nothing_is_added_to_what_is_shown():
+    assert recipe("demo").describe() == recipe("demo").to_json()
+
+
+@pytest.mark.parametrize(
     ("text", "stages"),
-    [("none", ()), ("full", (1, 2, 3, 4)), ("2", (2,)), ("3,1", (1, 3)), ("1,1", (1,))],
+    [
+        ("none", ()),
+        ("full", (1, 2, 3, 4)),
+        ("selective", (1, 2, 3, 4)),
+        ("2", (2,)),
+        ("3,1", (1, 3)),
+        ("1,1", (1,)),
+    ],
 )
 def test_stages_to_recompute(text, stages):
     assert MemoryConfig(checkpointing=text).stages() == stages
@@ -238,7 +310,7 @@ SETTINGS = st.fixed_dictionaries(
         "--train.seed": st.integers(0, 2**31),
         "--data.auto-augment": st.none() | st.from_regex(r"[a-z][a-z0-9.-]{1,8}", fullmatch=True),
         "--data.train": st.from_regex(r"[A-Za-z/][A-Za-z0-9/ ._é-]{0,12}", fullmatch=True),
-        "--train.precision": st.sampled_from(["fp32", "bf16"]),
+        "--train.precision": st.sampled_from(["fp32", "bf16", "fp16"]),
     },
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -76,13 +76,12 @@ class ZeroBackend:
             model=model, optimizer=self.optimizer, config=zero_config(self.config)
         )[0]
         zero = self.engine.optimizer
-        flats = (
-            zero.fp32_partitioned_groups_flat
-            if stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
+        flats, shares = _layout_of_3(zero) if stage == 3 else _layout_of_1_and_2(zero)
+        if stage == 3 and self.config.backend.offload == "none":
+            # What it computes with is fp32 as well: no second copy of it is needed.
+            for flat, working in zip(flats, zero.fp16_partitioned_groups_flat, strict=True):
+                flat.data = working.data
         make_state(self.optimizer, flats)
-        shares = dict(_shares_of_3(zero) if stage == 3 else _shares_of_1_and_2(zero))
         nothing = Share(0, 0, flats[0], 0)
         self.shares = {name: shares.get(id(p), nothing) for name, p in parameters.items()}
         engine: nn.Module = self.engine
@@ -111,12 +110,20 @@ class ZeroBackend:
 
     def canonical(self, name: str, local: Tensor) -> Tensor:
         """See Backend.canonical: a copy, divided along the first dimension; all ranks must call."""
-        share = self.shares.get(name)
-        if share is None:  # a buffer, equal on all ranks
+        if name not in self.shares:  # a buffer, equal on all ranks
             return local
-        whole = torch.zeros(self.shapes[name], dtype=local.dtype, device=self.device)
-        whole.flatten()[share.start : share.start + share.length] = local
-        dist.all_reduce(whole)
+        return self._canonical(name, [local])[0]
+
+    def _canonical(self, name: str, locals_: Sequence[Tensor]) -> list[Tensor]:
+        """Put several tensors laid out like a parameter together at once: messages cost time."""
+        share, shape = self.shares[name], self.shapes[name]
+        wholes = torch.zeros(len(locals_), *shape, device=self.device)
+        for whole, local in zip(wholes.view(len(locals_), -1), locals_, strict=True):
+            whole[share.start : share.start + share.length] = local
+        dist.all_reduce(wholes)
+        return [self._divided(whole) for whole in wholes]
+
+    def _divided(self, whole: Tensor) -> Tensor:
         if whole.dim() == 0:
             return whole
         rows = -(-whole.shape[0] // self.mesh.size())
@@ -146,9 +153,9 @@ class ZeroBackend:
     def export_state(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend.export_state: copies, made one parameter at a time."""
         for name, share in self.shares.items():
-            yield f"weight/{name}", self.canonical(name, share.of(share.flat))
-            for moment, flat in self._moments(share):
-                yield f"{moment}/{name}", self.canonical(name, share.of(flat))
+            flats = self._flats(share)
+            wholes = self._canonical(name, [share.of(flat) for flat in flats.values()])
+            yield from zip((f"{kind}/{name}" for kind in flats), wholes, strict=True)
         for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
         yield "step", self._steps()[0].clone()
@@ -157,44 +164,47 @@ class ZeroBackend:
     def import_state(self, state: CanonicalState) -> None:
         """See Backend.import_state."""
         for name, share in self.shares.items():
-            share.of(share.flat).copy_(self.local_part(name, state[f"weight/{name}"]))
-            for moment, flat in self._moments(share):
-                share.of(flat).copy_(self.local_part(name, state[f"{moment}/{name}"]))
+            for kind, flat in self._flats(share).items():
+                share.of(flat).copy_(self.local_part(name, state[f"{kind}/{name}"]))
         for name, buffer in saved_buffers(self.model):
             buffer.copy_(state[f"buffer/{name}"])
         for step in self._steps():
             step.copy_(state["step"])
         self.refresh()
 
-    def _moments(self, share: Share) -> Iterator[tuple[str, Tensor]]:
+    def _flats(self, share: Share) -> dict[str, Tensor]:
+        """The flat tensors that a share is part of, by what they hold."""
         held = self.optimizer.state[share.flat]
-        return ((moment, held[moment]) for moment in MOMENTS)
+        return {"weight": share.flat, **{moment: held[moment] for moment in MOMENTS}}
 
     def _steps(self) -> list[Tensor]:
         return [held["step"] for held in self.optimizer.state.values()]
 
 
-def _shares_of_1_and_2(zero: Any) -> Iterator[tuple[int, Share]]:
-    """Yield the ids of parameters and their shares; each parameter group is one flat tensor."""
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+def _layout_of_1_and_2(zero: Any) -> tuple[list[Tensor], dict[int, Share]]:
+    """Return the flat weights, one for each parameter group, and shares by parameter id."""
+    flats, shares = zero.single_partition_of_fp32_groups, {}
+    for flat, group in zip(flats, zero.bit16_groups, strict=True):
         for parameter in group:
             held = parameter._hp_mapping
             if held is not None:  # else all of it is on other ranks
                 start, place = held.lp_fragment_address.start, held.hp_fragment_address
-                yield id(parameter), Share(start, place.numel, flat, place.start)
+                shares[id(parameter)] = Share(start, place.numel, flat, place.start)
+    return flats, shares
 
 
-def _shares_of_3(zero: Any) -> Iterator[tuple[int, Share]]:
-    """The same for stage 3, which divides each parameter evenly, padding its end."""
-    rank = dist.get_rank()
-    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+def _layout_of_3(zero: Any) -> tuple[list[Tensor], dict[int, Share]]:
+    """Return the same for stage 3, which divides each parameter evenly, padding its end."""
+    flats, shares = zero.fp32_partitioned_groups_flat, {}
+    for flat, group in zip(flats, zero.fp16_groups, strict=True):
         offset = 0
         for parameter in group:
             part = parameter.partition_numel()
-            start = min(rank * part, parameter.ds_numel)
+            start = min(dist.get_rank() * part, parameter.ds_numel)
             length = min(part, parameter.ds_numel - start)
-            yield id(parameter), Share(start, length, flat, offset)
+            shares[id(parameter)] = Share(start, length, flat, offset)
             offset += part
+    return flats, shares
 
 
 def _deepspeed(device: torch.device) -> Any:
