@@ -35,7 +35,7 @@ def fit_microbatch(config: RunConfig, device: torch.device, task: Task) -> RunCo
     world_size = dist.get_world_size()
     found: int | None = 1  # a CPU knows no such limit
     if device.type == "cuda":
-        found = _try_out(config, device, task, world_size)
+        found = try_out(config, device, task, world_size)
         torch.cuda.reset_peak_memory_stats(device)
     answers = gather(found)  # what else runs on a GPU may differ
     if None in answers:
@@ -69,8 +69,11 @@ def largest_side(config: RunConfig) -> int:
     return max([side for _, side in config.train.image_sides()] or [config.model.img_size])
 
 
-def _try_out(config: RunConfig, device: torch.device, task: Task, world_size: int) -> int | None:
-    """Ask a model of its own, undivided and not compiled, so that no rank waits for another."""
+def try_out(config: RunConfig, device: torch.device, task: Task, world_size: int) -> int | None:
+    """Return what `smallest_accumulate` says of this process's GPU.
+
+    Tried with a model of its own, undivided and not compiled, so that no rank waits for another.
+    """
     model = build_model(config.model, seed=config.train.seed, device=device)
     model.reset_buffers((largest_side(config),) * 2)
     wrap_blocks(model, replace(config.memory, compile=False))

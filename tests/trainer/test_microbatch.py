@@ -19,10 +19,11 @@ from trainer.microbatch import (
     reserved_bytes,
     smallest_accumulate,
     trial,
+    try_out,
 )
 from trainer.recipes import recipe
 from trainer.sections import DataConfig, TrainConfig
-from trainer.task import Loss, classification
+from trainer.task import classification
 
 AUTO = ["--train.microbatch", "auto"]
 
@@ -61,24 +62,40 @@ def test_it_is_the_smallest_split_whose_largest_share_fits(groups, group, world_
     assert found == (possible[0] if possible else None)
 
 
-def test_a_trial_tells_what_fits():
-    config = run_config("--model.img-size", "16", "--train.ema-decay", "0.9")
-    model = build("transnext_pico", img_size=16, num_classes=10)
+def up_to(limit):
+    """A task that runs out of memory above so many images."""
 
     def task(model, images, targets, noise):
-        if images.shape[0] > 3:
+        if images.shape[0] > limit:
             raise torch.OutOfMemoryError
         return classification(model, images, targets, noise, z_loss=0.0)
 
-    assert trial(config, model, task, images=3, reserved=1000)
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert not trial(config, model, task, images=4, reserved=1000)
+    return task
 
-    def broken(model, images, targets, noise) -> Loss:
+
+def test_a_trial_tells_what_fits():
+    config = run_config("--model.img-size", "16")
+    model = build("transnext_pico", img_size=16, num_classes=10)
+    assert trial(config, model, up_to(3), images=3, reserved=1000)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not trial(config, model, up_to(3), images=4, reserved=1000)
+
+    def broken(model, images, targets, noise):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
         trial(config, model, broken, images=1, reserved=0)
+
+
+def test_trials_go_on_until_one_fits():
+    """At the largest size, with blocks wrapped as the run's are; 24 images of 2 processes."""
+    config = run_config(
+        *("--train.batch-size", "24", "--model.img-size", "16", "--data.mixup", "0.8"),
+        *("--train.progressive", "0:16,1:24", "--memory.checkpointing", "full"),
+    )
+    with mock.patch("torch.cuda.mem_get_info", return_value=(0, 1000)):
+        assert try_out(config, torch.device("cpu"), up_to(4), 2) == 3
+        assert try_out(config, torch.device("cpu"), up_to(1), 2) is None
 
 
 def test_what_training_holds_beside_the_model_is_counted():
@@ -102,7 +119,7 @@ def test_the_largest_images_decide():
 
 def agree(rank, world_size, config, answers):
     """What one rank takes where the GPUs of the ranks answered so."""
-    found = mock.patch("trainer.microbatch._try_out", return_value=answers[rank])
+    found = mock.patch("trainer.microbatch.try_out", return_value=answers[rank])
     with found, mock.patch("torch.cuda.reset_peak_memory_stats"):
         try:
             fitted = fit_microbatch(RunConfig.from_json(config), torch.device("cuda"), None)

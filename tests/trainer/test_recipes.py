@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tests.dist import run_distributed
 from tests.trainer.runs import copy_checkpoint, lines, losses, tiny_config, train, train_named
 
-STEPS = 4
-SHORT = ["--train.epochs", "2", "--optim.warmup-epochs", "0.5", "--eval.every-epochs", "2"]
-SHORT += ["--data.train", f"num_samples={12 * STEPS},num_classes=10,size=20"]
+STEPS = 3
+SHORT = ["--train.epochs", "1", "--optim.warmup-epochs", "0.4", "--eval.every-epochs", "1"]
+SHORT += ["--data.train", f"num_samples={24 * STEPS},num_classes=10,size=20"]
 SHORT += ["--checkpoint.every", "2"]
 EVERYTHING = [
     *("--optim.layer-decay", "0.8", "--optim.weight-decay-end", "0.2"),
@@ -21,8 +21,7 @@ EVERYTHING = [
 ]
 RECIPES = {
     "lamb": ["--optim.name", "lamb", "--optim.lr", "2e-2", "--train.microbatch", "auto"],
-    "muon": ["--optim.name", "muon", *EVERYTHING],
-    "distilled": ["--distill.teacher", "timm:test_resnet", "--distill.kind", "soft"],
+    "muon": ["--optim.name", "muon", *EVERYTHING, "--distill.teacher", "timm:test_resnet"],
 }
 WAYS = {
     "ddp on 1": (1, ["--backend.name", "ddp"]),
@@ -44,7 +43,7 @@ def found(folder: Path) -> dict[str, tuple[dict[int, float], list[float]]]:
     """What every run came to."""
     teacher = folder / "teacher.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), teacher)
-    RECIPES["distilled"] += ["--distill.weights", str(teacher)]
+    RECIPES["muon"] += ["--distill.weights", str(teacher)]
     named = {
         f"{name}, {way}": (world_size, [*SHORT, *arguments, *backend])
         for name, arguments in RECIPES.items()
@@ -75,7 +74,7 @@ def test_the_start_tells_how_steps_are_split(folder: Path) -> None:
 @pytest.mark.usefixtures("found")
 def test_the_teacher_s_part_of_the_loss_is_logged(folder: Path) -> None:
     parts = {
-        way: [line["distill_loss"] for line in lines(folder / f"distilled, {way}", "train")]
+        way: [line["distill_loss"] for line in lines(folder / f"muon, {way}", "train")]
         for way in WAYS
     }
     for found in parts.values():
@@ -87,6 +86,6 @@ def test_muon_goes_on_divided_otherwise(folder: Path, tmp_path: Path) -> None:
     before = folder / "muon, ddp on 2"
     copy_checkpoint(before, tmp_path, step=2)
     config = tiny_config(tmp_path, *SHORT, *RECIPES["muon"], "--backend.name", "fsdp")
-    run_distributed(train, 3, config.to_json())
+    run_distributed(train, 2, config.to_json())
     expected = {step: loss for step, loss in losses(before).items() if step > 2}
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
