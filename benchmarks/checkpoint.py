@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     process = Process.from_environment(os.environ)
-    join(process)
+    join(process, arguments.folder)
     state = {
         f"weight/{index}": torch.randn(1024, 1024, device=arguments.device)
         for index in range(arguments.mib // 4)

@@ -1,10 +1,17 @@
 """Stragglers: who is named, and who is not."""
 
+import itertools
+import socket
+from unittest import mock
+
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.stragglers import Straggler, outliers
+from tests.dist import run_distributed
+from trainer.stragglers import Straggler, Stragglers, outliers
 
 HOSTS = [f"n{rank:02d}" for rank in range(8)]
 
@@ -31,3 +38,20 @@ def test_only_the_slower_half_is_ever_named(seconds):
     assert len(named) < len(seconds) / 2
     limit = 1.2 * sorted(seconds)[(len(seconds) - 1) // 2]
     assert all(seconds[rank] >= limit for rank in named)
+
+
+def look(rank, world_size):
+    """Time three passes by a clock that runs twice as fast on rank 1."""
+    ticks = itertools.count(0, 2.0 if rank == 1 else 1.0)
+    stragglers = Stragglers(torch.device("cpu"), dist.new_group(backend="gloo"))
+    with mock.patch("time.perf_counter", side_effect=ticks):
+        for _ in range(3):
+            with stragglers.timing():
+                pass
+    return [vars(found) for found in stragglers.look()], stragglers.look() == []
+
+
+def test_all_ranks_learn_who_is_slow_and_each_interval_stands_for_itself():
+    host = socket.gethostname()
+    named = [{"rank": 1, "host": host, "seconds": 2.0, "median": 1.0}]
+    assert run_distributed(look, 3) == [(named, True)] * 3
