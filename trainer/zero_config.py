@@ -44,17 +44,18 @@ def _zero_optimization(config: RunConfig) -> dict[str, Any]:
         "stage": stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
-        "overlap_comm": False,
     }
     if config.backend.offload != "none":
-        found["offload_optimizer"] = {"device": "cpu"}
+        found["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.backend.offload == "all":
-        found["offload_param"] = {"device": "cpu"}
+        found["offload_param"] = {"device": "cpu", "pin_memory": True}
     if stage == 3:
         # Weights of any size are divided: those kept whole would be stale after an evaluation of
         # the average.
         found["stage3_param_persistence_threshold"] = 0
         found["stage3_prefetch_bucket_size"] = BUCKET
+        # Its own 10^9 would keep all of these networks gathered from forward to backward.
+        found["stage3_max_reuse_distance"] = BUCKET
         # It would replace F.linear in the whole process by one that adds the bias in place.
         found["memory_efficient_linear"] = False
     return found

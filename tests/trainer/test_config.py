@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.__main__ import main
 from trainer.config import RunConfig, UserError, flatten, nearest, override
 from trainer.recipes import RECIPES, recipe
 from trainer.sections import MemoryConfig
@@ -244,6 +245,13 @@ def test_what_does_not_fit_the_processes_is_refused(arguments, world_size, said)
     with pytest.raises(UserError) as error:
         override(recipe("demo"), arguments).check_world(world_size)
     assert said in str(error.value)
+
+
+def test_it_is_refused_before_anything_starts(tmp_path, capsys):
+    run = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), "--backend.replicas", "3"]
+    assert main([*run, "--nproc", "4"]) == 2
+    assert "error: backend.replicas 3 does not divide the 4 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_fits_the_processes_is_not():

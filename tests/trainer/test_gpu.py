@@ -13,6 +13,12 @@ MODELS = ("transnext_pico", "transxnet_pico")
 WAYS = {
     "ddp": ["--backend.name", "ddp"],
     "fsdp": ["--backend.name", "fsdp", "--memory.checkpointing", "full"],
+    "kept": ["--backend.name", "fsdp", "--backend.reshard", "no", "--backend.prefetch", "2"],
+    "selective": ["--backend.name", "ddp", "--memory.checkpointing", "selective"],
+    "on the host": ["--backend.name", "ddp", "--memory.offload-activations"],
+    "zero1": ["--backend.name", "zero1"],
+    "zero3": ["--backend.name", "zero3", "--memory.checkpointing", "1"],
+    "zero3 on the host": ["--backend.name", "zero3", "--backend.offload", "all"],
     "compiled": ["--backend.name", "fsdp", "--memory.compile"],
     "bf16": ["--train.precision", "bf16", "--backend.name", "fsdp", "--memory.checkpointing", "1"],
 }

@@ -101,7 +101,8 @@ class ZeroBackend:
         set_hyper(self.optimizer, hyper)
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
-        return StepInfo(norm, torch.tensor(float(self.engine.optimizer.overflow)))
+        skipped = torch.tensor(float(self.engine.optimizer.overflow), device=self.device)
+        return StepInfo(norm, skipped)
 
     def local_tensors(self) -> dict[str, Tensor]:
         """See Backend.local_tensors."""
