@@ -19,13 +19,13 @@ from trainer.backends.base import Backend, CanonicalState
 from trainer.backends.wrap import PRODUCTS, build_model, wrap_blocks
 from trainer.config import RunConfig, override
 from trainer.engine import BACKENDS
-from trainer.optim import Hyper
 from trainer.precision import LossScale
 from trainer.recipes import recipe
+from trainer.schedule import Hyper
 from trainer.sections import MemoryConfig
 
 CPU = torch.device("cpu")
-HYPER = Hyper(lr=1e-2, weight_decay=0.05)
+HYPER = Hyper(lr=1e-2, weight_decay=0.05, drop_path=1.0, ema_decay=0.0)
 
 
 def config(*arguments: str) -> RunConfig:
