@@ -92,7 +92,7 @@ def test_a_run_whose_store_is_dead_saves_and_stops_at_a_signal(tmp_path):
     source = SyntheticSource(num_samples=96, num_classes=10, size=20)
     pack(source, tmp_path / "set", samples_per_shard=8, progress=lambda _: None)
     with FileServer(tmp_path / "set") as server:
-        server.faults["set-000007.tar"].extend([*[None] * 8, *["stall"] * 99])
+        server.faults["set-000007.tar"].extend([*[None] * 12, *["stall"] * 99])
         config = tiny_config(
             tmp_path / "run",
             *("--data.source", "webdataset", "--data.train", server.url),
@@ -101,9 +101,12 @@ def test_a_run_whose_store_is_dead_saves_and_stops_at_a_signal(tmp_path):
 
         def tell():
             server.stalled.acquire()
+            metrics = tmp_path / "run" / "metrics.jsonl"
+            while not (metrics.exists() and '"train"' in metrics.read_text()):
+                server.release.wait(0.05)  # what stalls was asked for ahead
             os.kill(int((tmp_path / "0").read_text()), signal.SIGTERM)
 
-        telling = threading.Thread(target=tell)
+        telling = threading.Thread(target=tell, daemon=True)
         telling.start()
         done = run_distributed(train_far, 2, config.to_json(), str(tmp_path))
         telling.join()
