@@ -114,7 +114,7 @@ def _train_all(rank: int, world_size: int, configs: list[str]) -> None:
             continue
         state = {
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-            for name, tensor in trainer._full_state()
+            for name, tensor in trainer.engine.state()
         }
         if rank == 0:
             torch.save(state, trainer.run_dir / "state.pt")
