@@ -188,7 +188,7 @@ def test_every_kind_of_jpeg_and_png_becomes_rgb(image):
         (PHOTO[:100], "cannot be decoded"),
         (encode(photograph(40, 30), "PNG")[:-200], "cannot be decoded"),
         (encode(photograph(40, 30), "PNG")[:30], "cannot be decoded"),
-        (b"", "neither JPEG nor PNG: 0 bytes"),
+        (b"", "is empty; replace or remove the file"),
         (b"GIF89a......", "neither JPEG nor PNG: 12 bytes beginning 47 49 46"),
     ],
 )
