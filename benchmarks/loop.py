@@ -45,7 +45,16 @@ _SETTINGS = (
     *("--data.source", "synthetic", "--data.val", "num_samples=32,num_classes=10,size=32"),
     *("--train.batch-size", "64", "--train.epochs", "1", "--eval.every-epochs", "9"),
     *("--checkpoint.every", "100000", "--checkpoint.no-async-save", "--log.every", "10"),
-    *("--optim.clip-grad", "5", "--model.drop-path", "0", "--train.ema-decay", "0"),
+    *(
+        "--backend.name",
+        "ddp",
+        "--optim.clip-grad",
+        "5",
+        "--model.drop-path",
+        "0",
+        "--train.ema-decay",
+        "0",
+    ),
 )
 
 
