@@ -187,20 +187,43 @@ AVX2 static inline __m256i pixel_avx2(const Axis *axis, const uint8_t *const *ro
     return _mm256_packus_epi16(sums, sums);
 }
 
+/* Write outputs `x` to `x` + 3 of four rows: 12 bytes each, and 4 that come to lie behind them. */
+AVX2 static inline void put_four(const __m256i *rgbx, uint8_t *const *out, size_t x) {
+    const __m256i without_x = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    __m256i first = _mm256_unpacklo_epi32(rgbx[0], rgbx[1]);
+    __m256i last = _mm256_unpacklo_epi32(rgbx[2], rgbx[3]);
+    __m256i early = _mm256_shuffle_epi8(_mm256_unpacklo_epi64(first, last), without_x);
+    __m256i late = _mm256_shuffle_epi8(_mm256_unpackhi_epi64(first, last), without_x);
+    _mm_storeu_si128((__m128i *)(out[0] + 3 * x), _mm256_castsi256_si128(early));
+    _mm_storeu_si128((__m128i *)(out[1] + 3 * x), _mm256_extracti128_si256(early, 1));
+    _mm_storeu_si128((__m128i *)(out[2] + 3 * x), _mm256_castsi256_si128(late));
+    _mm_storeu_si128((__m128i *)(out[3] + 3 * x), _mm256_extracti128_si256(late, 1));
+}
+
+/* The same of a single output. */
+AVX2 static inline void put_one(__m256i rgbx, uint8_t *const *out, size_t x) {
+    __m128i even = _mm256_castsi256_si128(rgbx), odd = _mm256_extracti128_si256(rgbx, 1);
+    int pixels[TOGETHER] = {_mm_cvtsi128_si32(even), _mm_cvtsi128_si32(odd),
+                            _mm_extract_epi32(even, 1), _mm_extract_epi32(odd, 1)};
+    for (int i = 0; i < TOGETHER; i++) memcpy(out[i] + 3 * x, &pixels[i], 3);
+}
+
 AVX2 static void rows_avx2(const Axis *axis, const uint8_t *const rows[TOGETHER],
                            uint8_t *const out[TOGETHER], int flip) {
-    for (int x = 0; x < axis->size; x++) {
-        __m256i all = pixel_avx2(axis, rows, flip ? axis->size - 1 - x : x);
-        __m128i even = _mm256_castsi256_si128(all), odd = _mm256_extracti128_si256(all, 1);
-        uint32_t rgbx[TOGETHER] = {
-            (uint32_t)_mm_cvtsi128_si32(even), (uint32_t)_mm_cvtsi128_si32(odd),
-            (uint32_t)_mm_extract_epi32(even, 1), (uint32_t)_mm_extract_epi32(odd, 1)};
-        /* Of the fourth byte the next pixel takes the place. */
-        if (x + 1 < axis->size)
-            for (int i = 0; i < TOGETHER; i++) memcpy(out[i] + 3 * x, &rgbx[i], 4);
-        else
-            for (int i = 0; i < TOGETHER; i++) memcpy(out[i] + 3 * x, &rgbx[i], 3);
+    /* Copies that no write to a pixel can alter stay in registers. */
+    const Axis own = *axis;
+    const uint8_t *const in[TOGETHER] = {rows[0], rows[1], rows[2], rows[3]};
+    uint8_t *const to[TOGETHER] = {out[0], out[1], out[2], out[3]};
+    int x = 0;
+    for (; x + 5 < own.size; x += 4) { /* what lies behind four is written again by others */
+        __m256i rgbx[4];
+        for (int i = 0; i < 4; i++)
+            rgbx[i] = pixel_avx2(&own, in, flip ? own.size - 1 - (x + i) : x + i);
+        put_four(rgbx, to, (size_t)x);
     }
+    for (; x < own.size; x++)
+        put_one(pixel_avx2(&own, in, flip ? own.size - 1 - x : x), to, (size_t)x);
 }
 
 /* 32 bytes of a row that is the weighted sum of `taps` rows from `top` on. */
