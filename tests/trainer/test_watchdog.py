@@ -13,7 +13,7 @@ from launcher.process import Failure
 from tests.dist import RankError, run_distributed
 from trainer.watchdog import Watchdog
 
-SECONDS = 0.8
+SECONDS = 4.0  # long enough for threads that a busy machine lets wait
 
 
 def get_stuck(rank, world_size, folder, who, how):
@@ -48,7 +48,7 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path, who, how, said):
     assert failure.code == 76
     assert said in failure.message
     assert ("does not answer" in failure.message) == (how == "stops")
-    assert failure.message.startswith("no progress for 1 seconds: ")
+    assert failure.message.startswith("no progress for 4 seconds: ")
 
 
 def move_on(rank, world_size, folder):
@@ -56,7 +56,7 @@ def move_on(rank, world_size, folder):
     watchdog = Watchdog(folder, seconds=SECONDS)
     watchdog.started()
     begin = time.monotonic()
-    while time.monotonic() - begin < 2 * SECONDS:
+    while time.monotonic() - begin < 1.5 * SECONDS:
         watchdog.at("computing")
         dist.barrier()
     watchdog.close()
