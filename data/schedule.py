@@ -75,9 +75,14 @@ class Schedule:
         return self.steps_per_epoch * self.global_batch
 
     @property
+    def _micro(self) -> int:
+        """Number of samples in a micro-batch over all ranks."""
+        return self.global_batch // self.micro_batches
+
+    @property
     def _groups(self) -> int:
         """Number of groups that stay together in a micro-batch."""
-        return self.global_batch // (self.micro_batches * self.mix_group)
+        return self._micro // self.mix_group
 
     def check(self, shard: Shard) -> None:
         """Raise DataError unless every rank gets at least one group of every micro-batch."""
@@ -96,16 +101,15 @@ class Schedule:
         of a micro-batch.
         """
         self.check(shard)
-        micro = self.global_batch // self.micro_batches
-        if cursor.samples % micro:
+        if cursor.samples % self._micro:
             raise DataError(
                 f"the cursor stands at sample {cursor.samples} of epoch {cursor.epoch}, which is "
-                f"no multiple of the micro-batch {micro} = {self.global_batch} / "
+                f"no multiple of the micro-batch {self._micro} = {self.global_batch} / "
                 f"{self.micro_batches}: keep the global batch until the epoch ends"
             )
-        if cursor.samples + micro > self.used_positions:
+        if cursor.samples + self._micro > self.used_positions:
             cursor = replace(cursor, epoch=cursor.epoch + 1, samples=0)
-        after = cursor.samples + micro
+        after = cursor.samples + self._micro
         following = (
             replace(cursor, samples=after)
             if after < self.used_positions
@@ -115,7 +119,7 @@ class Schedule:
         return Slice(
             epoch=cursor.epoch,
             positions=cursor.samples + share,
-            weight=len(share) * shard.world_size / micro,
+            weight=len(share) * shard.world_size / self._micro,
             cursor=following,
         )
 
@@ -129,17 +133,17 @@ class Schedule:
 
     def _keeps_lanes(self, world_size: int) -> bool:
         """Whether every rank can have lanes of its own."""
-        micro = self.global_batch // self.micro_batches
         return (
-            self.lanes > 0 and micro % (world_size * PARTNERS) == 0 and self.lanes % world_size == 0
+            self.lanes > 0
+            and self._micro % (world_size * PARTNERS) == 0
+            and self.lanes % world_size == 0
         )
 
     def _share(self, shard: Shard) -> NDArray[np.int64]:
         """Return which positions of a micro-batch a rank has, int64, rising."""
         rank, world_size, group = shard.rank, shard.world_size, self.mix_group
         if self._keeps_lanes(world_size):
-            micro = self.global_batch // self.micro_batches
-            first = np.arange(rank * PARTNERS, micro, world_size * PARTNERS, dtype=np.int64)
+            first = np.arange(rank * PARTNERS, self._micro, world_size * PARTNERS, dtype=np.int64)
             return np.add.outer(first, np.arange(PARTNERS, dtype=np.int64)).ravel()
         start, end = (self._groups * r // world_size for r in (rank, rank + 1))
         return np.arange(start * group, end * group, dtype=np.int64)

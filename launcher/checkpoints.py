@@ -80,7 +80,10 @@ def diff(first: Path, second: Path) -> int:
     Raises:
         UserError: if one of the two is no whole checkpoint.
     """
-    left, right = _Tensors(_checkpoint(first)), _Tensors(_checkpoint(second))
+    left, right = (
+        _Tensors(manifest.whole_checkpoint(first)),
+        _Tensors(manifest.whole_checkpoint(second)),
+    )
     count = 0
     for name in sorted(left.pieces.keys() | right.pieces.keys()):
         found = _difference(name, left, right)
@@ -177,19 +180,6 @@ def _of_run(run_dir: Path) -> list[Path]:
     if not folders:
         raise UserError(f"{run_dir} has no checkpoints: give a run folder, such as runs/demo")
     return folders
-
-
-def _checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, a run's newest good one or the folder itself; it is whole."""
-    if (path / "checkpoints").is_dir():
-        found, skipped = manifest.newest_good(path / "checkpoints")
-        if found is None:
-            raise UserError("; ".join(skipped) or f"{path} has no checkpoint yet")
-        return found
-    wrong = manifest.damage(path)
-    if wrong:
-        raise UserError(f"{path} is neither a run folder nor a whole checkpoint: {wrong[0]}")
-    return path
 
 
 def _bytes(count: float) -> str:

@@ -99,15 +99,7 @@ def load(source: Path, *, weights: str | None = None) -> Exportable:
 def _checkpoint_in(source: Path) -> Path:
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: give a run folder or one of its checkpoints")
-    if (source / "checkpoints").is_dir():
-        found, skipped = manifest.newest_good(source / "checkpoints")
-        if found is None:
-            raise UserError("; ".join(skipped) or f"{source} has no checkpoint yet")
-        return found
-    wrong = manifest.damage(source)
-    if wrong:
-        raise UserError(f"{source} is neither a run folder nor a whole checkpoint: {wrong[0]}")
-    return source
+    return manifest.whole_checkpoint(source)
 
 
 def export_timm(source: Exportable, out: Path) -> None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .config import UserError
+
 MANIFEST = "MANIFEST.json"
 _REPLACED = "replaced_"  # begins the name of a checkpoint while another takes its place
 _REMOVED = "removed_"  # and of a folder on its way out
@@ -106,8 +108,8 @@ def remove(folder: Path) -> None:
 
 def remove_from(root: Path, step: int) -> None:
     """Remove the checkpoints of `step` and later ones, the newest first."""
-    for folder in checkpoints(root):
-        if folder >= step_folder(root, step):
+    for folder in reversed(checkpoints(root)):
+        if step_of(folder) >= step:
             remove(folder)
 
 
@@ -181,6 +183,22 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         skipped.append("; ".join(wrong))
     return None, skipped
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """Return the checkpoint at `path`, a run folder's newest good one or the folder itself.
+
+    Raises:
+        UserError: if there is none that is whole.
+    """
+    if (path / "checkpoints").is_dir():
+        found, skipped = newest_good(path / "checkpoints")
+        if found is None:
+            raise UserError("; ".join(skipped) or f"{path} has no checkpoint yet")
+        return found
+    if wrong := damage(path):
+        raise UserError(f"{path} is neither a run folder nor a whole checkpoint: {wrong[0]}")
+    return path
 
 
 def begin_generation(root: Path) -> int:

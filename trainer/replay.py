@@ -73,7 +73,7 @@ def _link_checkpoints(run_dir: Path, step: int, scratch: Path) -> None:
     """Let `scratch` have the checkpoints of a run that lie before `step`."""
     (scratch / "checkpoints").mkdir(parents=True)
     for folder in manifest.checkpoints(run_dir / "checkpoints"):
-        if folder < manifest.step_folder(run_dir / "checkpoints", step):
+        if manifest.step_of(folder) < step:
             (scratch / "checkpoints" / folder.name).symlink_to(folder.resolve())
 
 

@@ -162,20 +162,20 @@ class TorchBackend(ABC):
     @torch.no_grad()
     def apply(self, hyper: Hyper, keep: Tensor | None = None) -> StepInfo:
         """See Backend.apply."""
-        grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        named = self.parameters.items()
+        grads = {name: self.local(p.grad) for name, p in named if p.grad is not None}
         if self.scaling is not None:
-            torch._foreach_mul_(grads, 1 / self.scaling.scale)
-        grad_norm, stage_norms = self._norms()
+            torch._foreach_mul_(list(grads.values()), 1 / self.scaling.scale)
+        grad_norm, stage_norms = self._norms(grads)
         if (limit := self.config.optim.clip_grad) is not None:
-            torch._foreach_mul_(grads, (limit / (grad_norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(list(grads.values()), (limit / (grad_norm + 1e-6)).clamp(max=1.0))
         skipped = (~grad_norm.isfinite()).float()
         if self.scaling is not None:
             self.scaling.update(skipped)
         if keep is not None:
             skipped = torch.maximum(skipped, 1 - keep)
         for name, parameter in self.parameters.items():
-            grad = parameter.grad
-            self.locals[name].grad = None if grad is None else self.local(grad)
+            self.locals[name].grad = grads.get(name)
             parameter.grad = None
         set_hyper(self.optimizer, hyper)
         # The step reads this on the device and then leaves weights and moments alone.
@@ -184,10 +184,9 @@ class TorchBackend(ABC):
         self.optimizer.zero_grad()
         return StepInfo(grad_norm, skipped, stage_norms)
 
-    def _norms(self) -> tuple[Tensor, Tensor]:
-        """Return the norm of all gradients, and those of each stage's, [4]."""
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norms = torch._foreach_norm([self.local(grad) for grad in grads.values()])
+    def _norms(self, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the norm of all gradients, whose local parts are given, and each stage's, [4]."""
+        norms = torch._foreach_norm(list(grads.values()))
         parts = [list(norms)]
         for stage in STAGES:
             named = zip(grads, norms, strict=True)
