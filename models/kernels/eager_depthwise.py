@@ -138,15 +138,16 @@ def _wide_gradient(x: Tensor, grad: Tensor, side: int) -> Tensor:
     row = width + reach
     size = batch * height * row
     grad = _fill(grad.new_empty(batch, height, row, channels), grad)
-    pixels = x.new_empty(size + 2 * slack, channels)
+    pixels = x.new_empty(slack + size + reach, channels)
     pixels[:slack] = pixels[slack + size :] = 0
     _fill(pixels[slack : slack + size].view(grad.shape), x)
     columns: list[Tensor] = []
     for first in range(0, side, 3):
-        start = min(first, side - 3)
+        last = side - first == 1  # a column by itself is cheaper than three of which two are there
+        start = first - 1 if last else min(first, side - 3)
         shifted = pixels[start : start + size].view(grad.shape)
-        part = _narrow_gradient(shifted, grad, (side, 3))
-        columns.append(part[..., first - start :])
+        part = _narrow_gradient(shifted, grad, (side, 1 if last else 3))
+        columns.append(part if last else part[..., first - start :])
     return torch.cat(columns, dim=-1)
 
 
