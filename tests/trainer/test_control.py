@@ -136,8 +136,8 @@ def contents(run_dir):
 @pytest.mark.slow
 def test_a_start_that_comes_back_after_a_newer_one_writes_nothing(tmp_path):
     run_dir = tmp_path / "run"
-    # Their heartbeat comes every five seconds: the old start's would be seen here.
-    arguments = ("--guard.hang-seconds", "40", "--train.epochs", "8")
+    # Their heartbeat comes every ten seconds: the old start's would be seen here.
+    arguments = ("--guard.hang-seconds", "80", "--train.epochs", "8")
     with pretrain(run_dir, *arguments) as old:
         wait_for(old, "train step")
         stopped = workers(old)
