@@ -7,6 +7,7 @@ known which step that is.
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -59,7 +60,7 @@ def ask(rank, world_size, config):
 def test_files_in_the_run_folder_ask_for_a_checkpoint_and_a_stop(tmp_path):
     run_dir = tmp_path / "run"
     config = tiny_config(run_dir, "--checkpoint.every", "1000", "--eval.every-epochs", "100")
-    answers = run_distributed(ask, 2, config.to_json())
+    answers = run_distributed(ask, 2, config.to_json(), timeout=600)
     stopped = [78, f"step 6 is saved: remove {run_dir / 'stop'} to go on"]
     refused = [2, f"{run_dir / 'stop'} keeps this run stopped: remove it and start the run again"]
     assert answers == [[stopped, refused, None, None]] * 2
@@ -70,12 +71,21 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_a_stop(tmp_path):
     assert [line["step"] for line in lines(run_dir, "train")] == list(range(1, 21))
 
 
+@contextmanager
 def pretrain(run_dir, *arguments):
+    """Start a run as users do; what still runs after the context, stopped or not, is killed."""
     argv = ("--nproc", "2", *TINY, "--run-dir", str(run_dir), "--checkpoint.every", "100000")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "launcher", "pretrain", "demo", *argv, *arguments],
         env=python_environment(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                member.kill()
+        process.communicate()
 
 
 def wait_for(process, begin):
@@ -98,7 +108,7 @@ def test_a_run_on_this_machine_saves_and_stops_when_asked(tmp_path):
         assert not save_file(run_dir).exists()
         (asked,) = manifest.checkpoints(run_dir / "checkpoints")
         stop_file(run_dir).touch()
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
     last = lines(run_dir, "stop")[-1]["step"]
     assert (process.returncode, said) == (
         78, f"stopped: step {last} is saved: remove {run_dir / 'stop'} to go on\n",
@@ -108,7 +118,7 @@ def test_a_run_on_this_machine_saves_and_stops_when_asked(tmp_path):
     newest, _ = manifest.newest_good(run_dir / "checkpoints")
     assert manifest.step_of(asked) < manifest.step_of(newest) == last
     with pretrain(run_dir, *endless) as process:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 2
     assert said.startswith(f"error: {run_dir / 'stop'} keeps this run stopped: remove it")
     (startup,) = lines(run_dir, "startup")
@@ -144,12 +154,12 @@ def test_a_start_that_comes_back_after_a_newer_one_writes_nothing(tmp_path):
         for worker in stopped:
             worker.send_signal(signal.SIGSTOP)
         with pretrain(run_dir, *arguments) as new:
-            _, said = new.communicate(timeout=300)
+            _, said = new.communicate(timeout=600)
         assert (new.returncode, said) == (0, "")
         before = contents(run_dir)
         for worker in stopped:
             worker.send_signal(signal.SIGCONT)
-        _, said = old.communicate(timeout=300)
+        _, said = old.communicate(timeout=600)
     assert old.returncode == 2
     assert said == (
         f"error: {run_dir / 'checkpoints'} belongs to start 2 of this run; this is start 1, which "
