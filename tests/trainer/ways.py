@@ -6,6 +6,7 @@ whole learning rate, in a direction that rounding decides.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def grad_norms(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["grad_norm"] for line in lines(run_dir, "train")}
 
 
+@lru_cache(maxsize=4)  # many are compared with the same one
 def saved_state(run_dir: Path) -> dict[str, Tensor]:
     """Return the whole of every tensor in a run's last checkpoint."""
     folder = manifest.whole_checkpoint(run_dir)
