@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -107,6 +108,7 @@ def _rank(
 ) -> None:
     os.environ.update(environment)
     faulthandler.dump_traceback_later(0.9 * timeout)  # a hang shows where it hangs
+    gc.freeze()  # DeepSpeed collects garbage often: what was imported need not be looked at
     try:
         torch.set_num_threads(1)
         store = f"file://{folder}/store"
