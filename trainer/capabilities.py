@@ -22,11 +22,6 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"backend.offload all needs weights that are divided, and {backend.name} keeps them "
             "whole: use backend.name zero3 or backend.offload optimizer"
         )
-    if config.train.precision == "fp16" and backend.zero_stage:
-        yield (
-            f"train.precision fp16 needs a loss scale, which {backend.name} cannot take from the "
-            "run's checkpoints: use train.precision bf16, or backend.name ddp or fsdp"
-        )
     if config.optim.name != "adamw" and backend.zero_stage:
         yield (
             f"optim.name {config.optim.name} needs parameters one by one, and {backend.name} lays "

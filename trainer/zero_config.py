@@ -31,8 +31,8 @@ def zero_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         # It switches the caller's autocast off. An empty list keeps what travels in fp32.
         "torch_autocast": {
-            "enabled": config.train.precision == "bf16",
-            "dtype": "bfloat16",
+            "enabled": config.train.precision != "fp32",
+            "dtype": "float16" if config.train.precision == "fp16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
     }

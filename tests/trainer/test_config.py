@@ -213,7 +213,6 @@ def test_what_would_fail_later_is_refused_at_once(arguments, said):
     [
         (["--backend.offload", "optimizer"], "fsdp does not know: use backend.name zero1, zero2"),
         (["--backend.name", "zero2", "--backend.offload", "all"], "keeps them whole: use"),
-        (["--backend.name", "zero1", "--train.precision", "fp16"], "fp16 needs a loss scale"),
         (["--backend.name", "ddp", "--backend.replicas", "2"], "ddp does not know: use"),
         (["--backend.name", "zero3", "--backend.reshard", "no"], "zero3 does not know: use"),
         (["--backend.name", "ddp", "--backend.prefetch", "1"], "ddp does not know: use"),

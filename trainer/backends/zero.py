@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from models.base import Backbone
 from trainer.config import RunConfig, UserError
 from trainer.optim import adamw, make_state, parameter_groups, set_hyper
+from trainer.precision import LossScale
 from trainer.schedule import Hyper
 from trainer.zero_config import zero_config
 
@@ -53,6 +54,9 @@ class ZeroBackend:
         self.device = device
         self.config = config
         self.data_shard = data_shard()
+        # On the CPU, where DeepSpeed decides about every step.
+        scaled = config.train.precision == "fp16"
+        self.scaling = LossScale(torch.device("cpu")) if scaled else None
 
     def setup(self, model: Backbone) -> nn.Module:
         """See Backend.setup.
@@ -76,6 +80,8 @@ class ZeroBackend:
             model=model, optimizer=self.optimizer, config=zero_config(self.config)
         )[0]
         zero = self.engine.optimizer
+        zero.torch_autocast_gradscaler = None  # a scale that no checkpoint would know
+        self._follow_scale()
         flats, shares = _layout_of_3(zero) if stage == 3 else _layout_of_1_and_2(zero)
         if stage == 3 and self.config.backend.offload == "none":
             # What it computes with is fp32 as well: no second copy of it is needed.
@@ -102,8 +108,11 @@ class ZeroBackend:
         set_hyper(self.optimizer, hyper)
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
-        skipped = torch.tensor(float(self.engine.optimizer.overflow), device=self.device)
-        return StepInfo(norm, skipped)
+        skipped = torch.tensor(float(self.engine.optimizer.overflow))
+        if self.scaling is not None:
+            self.scaling.update(skipped)
+            self._follow_scale()
+        return StepInfo(norm, skipped.to(self.device))
 
     def local_tensors(self) -> dict[str, Tensor]:
         """See Backend.local_tensors."""
@@ -160,6 +169,8 @@ class ZeroBackend:
             yield from zip((f"{kind}/{name}" for kind in flats), wholes, strict=True)
         for name, buffer in saved_buffers(self.model):
             yield f"buffer/{name}", buffer
+        if self.scaling is not None:
+            yield from self.scaling.tensors()
         yield "step", self._steps()[0].clone()
 
     @torch.no_grad()
@@ -172,7 +183,15 @@ class ZeroBackend:
             buffer.copy_(state[f"buffer/{name}"])
         for step in self._steps():
             step.copy_(state["step"])
+        for name, held in self.scaling.tensors() if self.scaling is not None else ():
+            held.copy_(state[name])
+        self._follow_scale()
         self.refresh()
+
+    def _follow_scale(self) -> None:
+        """Let DeepSpeed multiply losses, and divide gradients, by the run's loss scale."""
+        if self.scaling is not None:
+            self.engine.optimizer.override_loss_scale(self.scaling.scale.item())
 
     def _flats(self, share: Share) -> dict[str, Tensor]:
         """The flat tensors that a share is part of, by what they hold."""
