@@ -116,10 +116,11 @@ def test_a_state_that_is_taken_over_is_the_one_given(way, told):
 
 
 def _step_around_a_bad_one(rank: int, world_size: int) -> dict[str, dict[str, object]]:
-    return {way: _steps(config(*arguments)) for way, arguments in WAYS.items()}
+    return {way: step_around_a_bad_one(config(*arguments)) for way, arguments in WAYS.items()}
 
 
-def _steps(run: RunConfig) -> dict[str, object]:
+def step_around_a_bad_one(run: RunConfig) -> dict[str, object]:
+    """Make three steps, the second with gradients that are not finite, and take the state back."""
     backend, model, _ = make(run)
     skipped, states = [], [local_state(backend)]
     for factor in (1.0, float("nan"), 1.0):
