@@ -137,6 +137,7 @@ def step_around_a_bad_one(run: RunConfig) -> dict[str, object]:
         "skipped": skipped,
         "changed": sorted(name for name in before if not torch.equal(before[name], after[name])),
         "steps": int(last["step"]),
+        "norms": {name: float(tensor.double().norm()) for name, tensor in last.items()},
         "restored": all(torch.equal(restored[name], tensor) for name, tensor in first.items()),
     }
 

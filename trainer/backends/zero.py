@@ -87,6 +87,8 @@ class ZeroBackend:
         zero = self.engine.optimizer
         zero.torch_autocast_gradscaler = None  # a scale that no checkpoint would know
         self._follow_scale()
+        if self.on_disk:
+            _keep_gradients(zero.optimizer_swapper)
         self.stepped, shares = _layout_of_3(zero) if stage == 3 else _layout_of_1_and_2(zero)
         self.live = zero.fp16_partitioned_groups_flat if self.on_disk else self.stepped
         if stage == 3 and self.config.backend.offload == "none":
@@ -314,3 +316,17 @@ def _check_disk(folder: Path) -> None:
             f"backend.offload_dir needs what DeepSpeed could not compile "
             f"({str(error).splitlines()[0]}): install g++ and ninja, or leave it out"
         ) from None
+
+
+def _keep_gradients(swapper: Any) -> None:
+    """Leave gradients in memory until the step: those that DeepSpeed swaps come back wrong.
+
+    It reads them straight to their places in the flat gradient, most of which are not aligned as
+    such reads need it (seen with 0.19.8).
+    """
+
+    def keep(parameter: Any, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+        held = swapper.swap_params_info[parameter.ds_id].unswapped_gradients
+        held.update(zip(gradient_offsets, gradient_tensors, strict=True))
+
+    swapper.swap_out_gradients = keep
