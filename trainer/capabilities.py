@@ -7,6 +7,7 @@ process starts, and refused there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,15 +18,11 @@ def conflicts(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a configuration on any number of processes."""
     backend, memory = config.backend, config.memory
     yield from _of_one_backend(config)
+    yield from _of_a_disk(config)
     if backend.offload == "all" and backend.zero_stage in (1, 2):
         yield (
             f"backend.offload all needs weights that are divided, and {backend.name} keeps them "
             "whole: use backend.name zero3 or backend.offload optimizer"
-        )
-    if config.train.precision == "fp16" and backend.zero_stage:
-        yield (
-            f"train.precision fp16 needs a loss scale, which {backend.name} cannot take from the "
-            "run's checkpoints: use train.precision bf16, or backend.name ddp or fsdp"
         )
     if config.optim.name != "adamw" and backend.zero_stage:
         yield (
@@ -75,6 +72,27 @@ def _of_one_backend(config: RunConfig) -> Iterator[str]:
         yield (
             f"backend.offload is {backend.offload}, which backend.name {backend.name} does not "
             "know: use backend.name zero1, zero2 or zero3, or leave it out"
+        )
+
+
+def _of_a_disk(config: RunConfig) -> Iterator[str]:
+    backend = config.backend
+    if backend.offload_dir is None:
+        return
+    if backend.zero_stage != 3:
+        yield (
+            f"backend.offload_dir is {backend.offload_dir}, and zero3 alone swaps to a disk: use "
+            "backend.name zero3, or leave it out"
+        )
+    elif backend.offload == "none":
+        yield (
+            f"backend.offload_dir is {backend.offload_dir}, and backend.offload none moves nothing "
+            "there: use backend.offload optimizer or all, or leave it out"
+        )
+    if not Path(backend.offload_dir).is_absolute():
+        yield (
+            f"backend.offload_dir is {backend.offload_dir}: give an absolute path, the same on "
+            "each node"
         )
 
 

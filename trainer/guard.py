@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,22 @@ class _Entry:
 class Guard:
     """Judges the losses of a run's steps, and remembers this rank's last `config.record` steps.
 
-    Those of the last two log intervals, of `every` steps, it remembers anyhow.
+    Those of the last two log intervals, of `every` steps, it remembers anyhow. `computes` says what
+    the steps are computed by, for the record.
     """
 
     def __init__(
-        self, config: GuardConfig, run_dir: Path, device: torch.device, *, every: int
+        self,
+        config: GuardConfig,
+        run_dir: Path,
+        device: torch.device,
+        *,
+        every: int,
+        computes: Mapping[str, object],
     ) -> None:
         self.config = config
         self._run_dir = run_dir
+        self._computes = dict(computes)
         self._rollbacks = 0
         self._path = run_dir / "logs" / f"steps_{dist.get_rank():05d}.json"
         self._entries: deque[_Entry] = deque(maxlen=max(config.record, 2 * every))
@@ -156,6 +164,26 @@ class Guard:
         self._losses.fill_(torch.nan)
         self._seen = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it judges by, JSON-serialisable and equal on all ranks.
+
+        `losses` are those in the window, oldest first, null for one that was a spike. It waits for
+        the device.
+        """
+        losses = self._losses.tolist()
+        window = [losses[index % len(losses)] for index in self._window()]
+        return {"seen": self._seen, "losses": [x if math.isfinite(x) else None for x in window]}
+
+    def take(self, values: dict[str, Any]) -> None:
+        """Judge by what to_dict() returned, of a guard with any window."""
+        self._seen, losses = values["seen"], values["losses"]
+        for index, loss in zip(reversed(self._window()), reversed(losses), strict=False):
+            self._losses[index % len(self._losses)] = math.nan if loss is None else loss
+
+    def _window(self) -> range:
+        """The numbers, counted from the first, of the losses that are compared with."""
+        return range(max(self._seen - len(self._losses), 0), self._seen)
+
     def dump(self, why: str, *, wait: bool = True) -> None:
         """Write the record to RUN/logs/steps_00000.json, this rank's; without `wait` what is known.
 
@@ -163,7 +191,8 @@ class Guard:
         """
         if wait:
             _read([entry for entry in self._entries if entry.read is None])
-        record = {"why": why, "steps": [entry.to_dict() for entry in list(self._entries)]}
+        steps = [entry.to_dict() for entry in list(self._entries)]
+        record = {"why": why, "computes": self._computes, "steps": steps}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)
             write_atomically(self._path, json.dumps(record) + "\n")

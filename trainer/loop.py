@@ -73,13 +73,19 @@ class Trainer:
             local_dir=Path(local_dir) if (local_dir := config.checkpoint.local_dir) else None,
         )
         self.control = Control(self.run_dir, generation=self.checkpointer.generation)
+        self.guard = Guard(
+            config.guard,
+            self.run_dir,
+            self.device,
+            every=config.log.every,
+            computes={"precision": config.train.precision, "compile": config.memory.compile},
+        )
         self.state = self._restore()
         self.startup.reached("checkpoint")
         self.saved: TrainState | None = self.state
         self.group = gloo_group()
         self.signals = Signals(gloo_group(), self.control)
         self.watchdog = Watchdog(self.control, seconds=config.guard.hang_seconds)
-        self.guard = Guard(config.guard, self.run_dir, self.device, every=config.log.every)
         self.stragglers = Stragglers(self.device, gloo_group())
         self.evaluator = Evaluator(
             config,
@@ -258,6 +264,7 @@ class Trainer:
             "state": state.to_dict(),
             "model": self.config.model.name,
             "backend": self.config.backend.name,
+            "guard": self.guard.to_dict(),
         }
         begin = time.perf_counter()
         self.checkpointer.save(self.engine.state(), self.state.step, record, keep=self._kept_best())
@@ -330,6 +337,7 @@ class Trainer:
         if record is None:
             return TrainState(step=0, cursor=self.pipeline.start())
         self.engine.take(state)
+        self.guard.take(record["guard"])
         return TrainState.from_dict(record["state"])
 
     def _announce(self) -> None:

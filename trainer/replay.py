@@ -63,6 +63,7 @@ def _alone(config: RunConfig, scratch: Path) -> RunConfig:
     return replace(
         config,
         run_dir=str(scratch),
+        backend=replace(config.backend, offload_dir=None),
         memory=replace(config.memory, compile=False),
         log=replace(config.log, every=10**9),
         guard=replace(config.guard, hang_seconds=0.0),

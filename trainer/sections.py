@@ -215,6 +215,8 @@ class BackendConfig:
     """ddp replicates the training state, fsdp (FSDP2) shards it, zero1 to zero3 are DeepSpeed's."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the CPU's memory: the optimizer's state, or (zero3) weights too."""
+    offload_dir: str | None = None
+    """Folder on a fast disk of each node for the optimizer's state (zero3); unset: CPU memory."""
     replicas: int = 1
     """Copies of the training state that fsdp keeps, each divided (HSDP); a copy for each machine
     lets only gradients cross the network."""

@@ -6,6 +6,8 @@ schedule and the batches are ours, so only the division of the training state is
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
 # be a buffer larger than the networks here.
 BUCKET = 25_000_000
 
+# How the disk is asked: by many requests at once, of which each is large.
+AIO = {"block_size": 2**20, "queue_depth": 32, "single_submit": False, "overlap_events": True}
+
 
 def zero_config(config: RunConfig) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`, as plain JSON values.
 
     Keys as in https://www.deepspeed.ai/docs/config-json/.
     """
-    return {
+    found: dict[str, Any] = {
         # It only counts images with this one; the micro-batches are what the loader gives.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.train.accumulate,
@@ -31,11 +36,14 @@ def zero_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         # It switches the caller's autocast off. An empty list keeps what travels in fp32.
         "torch_autocast": {
-            "enabled": config.train.precision == "bf16",
-            "dtype": "bfloat16",
+            "enabled": config.train.precision != "fp32",
+            "dtype": "float16" if config.train.precision == "fp16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
     }
+    if config.backend.offload_dir is not None:
+        found["aio"] = AIO
+    return found
 
 
 def _zero_optimization(config: RunConfig) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def _zero_optimization(config: RunConfig) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET,
     }
     if config.backend.offload != "none":
-        found["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        found["offload_optimizer"] = _place(config)
     if config.backend.offload == "all":
         found["offload_param"] = {"device": "cpu", "pin_memory": True}
     if stage == 3:
@@ -58,4 +66,22 @@ def _zero_optimization(config: RunConfig) -> dict[str, Any]:
         found["stage3_max_reuse_distance"] = BUCKET
         # It would replace F.linear in the whole process by one that adds the bias in place.
         found["memory_efficient_linear"] = False
+    if config.backend.offload_dir is not None:
+        found["sub_group_size"] = BUCKET  # what is read, stepped and written at a time
     return found
+
+
+def _place(config: RunConfig) -> dict[str, Any]:
+    """Where the optimizer's state is offloaded to; runs that share a disk have each their folder.
+
+    The weights that compute stay in memory: the moving average needs them at every step.
+    """
+    if config.backend.offload_dir is None:
+        return {"device": "cpu", "pin_memory": True}
+    run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:16]
+    return {
+        "device": "nvme",
+        "nvme_path": str(Path(config.backend.offload_dir) / run),
+        "buffer_count": 4,  # a weight, its gradient and two moments
+        "pin_memory": True,
+    }

@@ -208,12 +208,20 @@ def test_what_would_fail_later_is_refused_at_once(arguments, said):
     assert "; " not in str(error.value), "once"
 
 
+OFFLOADED = ("--backend.name", "zero3", "--backend.offload", "optimizer")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--backend.offload", "optimizer"], "fsdp does not know: use backend.name zero1, zero2"),
         (["--backend.name", "zero2", "--backend.offload", "all"], "keeps them whole: use"),
-        (["--backend.name", "zero1", "--train.precision", "fp16"], "fp16 needs a loss scale"),
+        (["--backend.offload-dir", "/nvme"], "zero3 alone swaps to a disk: use backend.name zero3"),
+        (["--backend.name", "zero3", "--backend.offload-dir", "/nvme"], "none moves nothing there"),
+        (
+            [*OFFLOADED, "--backend.offload-dir", "nvme"],
+            "backend.offload_dir is nvme: give an absolute path, the same on each node",
+        ),
         (["--backend.name", "ddp", "--backend.replicas", "2"], "ddp does not know: use"),
         (["--backend.name", "zero3", "--backend.reshard", "no"], "zero3 does not know: use"),
         (["--backend.name", "ddp", "--backend.prefetch", "1"], "ddp does not know: use"),
@@ -274,6 +282,19 @@ def test_deepspeeds_configuration_follows_from_the_run_s(stage, offload):
     assert zero["zero_optimization"]["stage"] == stage
     moved = {name for name in zero["zero_optimization"] if name.startswith("offload")}
     assert len(moved) == ["none", "optimizer", "all"].index(offload)
+
+
+def test_deepspeed_is_told_of_a_disk_and_of_half_precision():
+    arguments = [*OFFLOADED, "--train.precision", "fp16", "--backend.offload-dir", "/nvme"]
+    runs = [override(recipe("demo"), [*arguments, "--run-dir", name]) for name in ("/a", "/b")]
+    first, second = (json.loads(run.describe())["deepspeed"] for run in runs)
+    assert first["torch_autocast"]["enabled"]
+    assert first["torch_autocast"]["dtype"] == "float16"
+    assert first["aio"]["queue_depth"] > 1
+    moved = [told["zero_optimization"]["offload_optimizer"] for told in (first, second)]
+    assert [place["device"] for place in moved] == ["nvme", "nvme"]
+    assert moved[0]["nvme_path"].startswith("/nvme/")
+    assert moved[0]["nvme_path"] != moved[1]["nvme_path"], "runs may share a disk"
 
 
 def test_without_deepspeed_nothing_is_added_to_what_is_shown():

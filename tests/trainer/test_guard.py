@@ -48,9 +48,13 @@ def train_with_a_jump(rank, world_size, config):
     return None
 
 
+def make_guard(**settings):
+    return Guard(GuardConfig(**settings), Path(), torch.device("cpu"), every=1, computes={})
+
+
 def judge_all(rank, world_size, losses, spike):
     """Judge a series of losses; return which are spikes, and the limits."""
-    guard = Guard(GuardConfig(spike=spike), Path(), torch.device("cpu"), every=1)
+    guard = make_guard(spike=spike)
     found = [guard.judge(torch.tensor(loss + rank)) for loss in losses]
     return [[v["spike"].item(), v["loss_limit"].nan_to_num(-1.0).item()] for v in found]
 
@@ -64,8 +68,30 @@ def test_a_loss_far_above_those_before_is_a_spike_on_every_rank():
     assert 2.0 < first[30][1] < 3.5
 
 
+def judge_with_a_restart(rank, world_size, losses, settings, after):
+    """Judge losses, the last ones by a guard that goes on from what the first one saved."""
+    alone, first, second = (make_guard(**settings) for _ in range(3))
+    expected = [alone.judge(torch.tensor(loss)) for loss in losses]
+    for loss in losses[:after]:
+        first.judge(torch.tensor(loss))
+    second.take(json.loads(json.dumps(first.to_dict())))
+    found = [second.judge(torch.tensor(loss)) for loss in losses[after:]]
+    limits = [[v["spike"].item(), v["loss_limit"].item()] for v in expected[after:]]
+    return [limits, [[v["spike"].item(), v["loss_limit"].item()] for v in found]]
+
+
+@pytest.mark.parametrize(("window", "after"), [(128, 12), (128, 27), (20, 33), (8, 30)])
+def test_a_guard_that_goes_on_judges_as_if_it_had_never_stopped(window, after):
+    series = [2 - 0.01 * step + 0.02 * (-1) ** step for step in range(40)]
+    series[25], series[36] = 9.0, 8.0
+    settings = {"spike": 8.0, "window": window}
+    [[expected, found]] = run_distributed(judge_with_a_restart, 1, series, settings, after)
+    assert str(found) == str(expected)  # limits may be NaN at first
+    assert [spike for spike, _ in found][36 - after] == 1.0
+
+
 def leave_it(rank, world_size):
-    guard = Guard(GuardConfig(), Path(), torch.device("cpu"), every=1)
+    guard = make_guard()
     verdict = guard.judge(torch.tensor(3.0))
     return [verdict, guard.keep(verdict)]
 
@@ -85,6 +111,7 @@ def test_a_jump_is_left_out_undone_or_ends_the_run(tmp_path):
         assert spike["loss"] > 3 * spike["limit"]
         record = json.loads((tmp_path / action / "logs" / "steps_00001.json").read_text())
         assert "the loss jumped" in record["why"]
+        assert record["computes"] == {"precision": "fp32", "compile": False}
         step = record["steps"][JUMP - 1]
         assert (step["step"], step["samples"], step["spike"]) == (JUMP, 24 * (JUMP - 1), 1.0)
         assert len(step["ids"][0]) == 12
