@@ -70,8 +70,8 @@ def show(folder: Path, *, as_json: bool) -> int:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one that holds run folders, such as runs")
-    queue = Queue()
-    runs = [look(path, queue.of(path)) for path in sorted(run_folders(folder))]
+    queue = Queue(_queued())
+    runs = [look(path, queue.of(path)) for path in run_folders(folder)]
     if as_json:
         print(json.dumps([dataclasses.asdict(run) for run in runs], indent=2))
     elif not runs:
@@ -83,7 +83,7 @@ def show(folder: Path, *, as_json: bool) -> int:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the run folders in and below `folder`; what is in them is not searched."""
+    """Yield the run folders in and below `folder` by name; what is in them is not searched."""
     seen: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
@@ -93,19 +93,24 @@ def run_folders(folder: Path) -> Iterator[Path]:
             yield Path(path)
             folders.clear()
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _queued() -> list[slurm.Job]:
+    """Return the jobs in Slurm's queue, none where there is no Slurm or it does not answer."""
+    if shutil.which("squeue") is None:
+        return []
+    try:
+        return slurm.queue()
+    except UserError as error:  # the folders know most of it
+        print(f"note: {error}", file=sys.stderr)
+        return []
 
 
 class Queue:
-    """The jobs in Slurm's queue by the run that they belong to; none where there is no Slurm."""
+    """Jobs by the run that they belong to."""
 
-    def __init__(self) -> None:
-        jobs: Sequence[slurm.Job] = ()
-        if shutil.which("squeue"):
-            try:
-                jobs = slurm.queue()
-            except UserError as error:  # the folders know most of it
-                print(f"note: {error}", file=sys.stderr)
+    def __init__(self, jobs: Sequence[slurm.Job]) -> None:
         self._by_id = {job.id: job for job in jobs}
         self._by_run: dict[Path, list[slurm.Job]] = {}
         for job in jobs:

@@ -285,15 +285,18 @@ def _options(job: Job, resources: Resources, *, log: str, again: str) -> dict[st
 
 
 def _lines(options: Mapping[str, str | None]) -> str:
+    def spell(value: str) -> str:
+        return value if re.fullmatch(r"[\w.,:=@%/-]+", value) else f'"{value}"'
+
     return "\n".join(
-        f"#SBATCH --{name}" + ("" if value is None else f'="{value}"')
+        f"#SBATCH --{name}" + ("" if value is None else f"={spell(value)}")
         for name, value in options.items()
     )
 
 
 def _check_free(jobs: Sequence[Job]) -> None:
     """Raise UserError if a run is in the queue, has been told to stop, or all are complete."""
-    queue = Queue()
+    queue = Queue(slurm.queue())
     for job in jobs:
         for other in queue.of(job.run_dir):
             raise UserError(
