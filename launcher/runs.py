@@ -198,7 +198,8 @@ def _state(
         return "complete", None
     failure, silence = Failure.read(run_dir), _silence(run_dir)
     if jobs and _waits(jobs[0]):
-        return "requeued" if _last_job(run_dir) == jobs[0].id else "queued", jobs[0].reason
+        reason = None if jobs[0].reason == "None" else jobs[0].reason
+        return "requeued" if _last_job(run_dir) == jobs[0].id else "queued", reason
     if not jobs and failure is not None:
         return "stopped", failure.message.strip().rpartition("\n")[2]
     if not jobs and course[-1:] == ["stop"]:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ foveate pretrain RECIPE --help lists all settings with the recipe's values.
 """
 
 SCRIPTS = rundir.CODE / "slurm"
+ENVIRONMENT = "env.sh"
+"""What a job's shell sets; the run keeps a copy, as of the code."""
 WARNING = 300
 """Seconds before the time limit at which Slurm warns the driver: the time for the last save."""
 _VALUE = r"[\w .,:+=@%*&|!()\[\]/~-]+"
@@ -184,6 +187,7 @@ def submit(
     _check_data(jobs)
     for job in jobs:
         rundir.prepare(job.config)
+        shutil.copy(SCRIPTS / ENVIRONMENT, job.run_dir)
     for script in (submitted, *scripts):
         script.path.write_text(script.text)
     ids: list[int] = []
@@ -237,14 +241,25 @@ def _job_script(job: Job, resources: Resources, *, is_chained: bool) -> Script:
     values = {
         "OPTIONS": _lines(options),
         "FOLDER": shlex.quote(os.getcwd()),
-        "ENVIRONMENT": shlex.quote(str(SCRIPTS / "env.sh")),
+        "VENV": shlex.quote(sys.prefix),
+        "ENVIRONMENT": shlex.quote(str(job.run_dir / ENVIRONMENT)),
         "CODE": shlex.quote(str(job.run_dir / "code")),
         "ARGUMENTS": shlex.join(job.arguments),
     }
-    template = (SCRIPTS / "job.sbatch.in").read_text()
     # In one pass: what a value holds is never taken for the name of another.
-    text = re.sub("@([A-Z]+)@", lambda found: values[found[1]], template)
+    text = re.sub("@([A-Z]+)@", lambda found: values[found[1]], _template())
     return Script(path=job.run_dir / SCRIPT, options=options, text=text)
+
+
+def _template() -> str:
+    """Read the job script's template, which frozen code and installed packages come without."""
+    try:
+        return (SCRIPTS / "job.sbatch.in").read_text()
+    except FileNotFoundError:
+        raise UserError(
+            f"{SCRIPTS} holds no job.sbatch.in: submit from a checkout; a run that was submitted "
+            f"goes on by sbatch RUN/{SCRIPT}"
+        ) from None
 
 
 def _sweep_script(jobs: Sequence[Job], resources: Resources) -> Script:
