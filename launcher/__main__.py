@@ -141,6 +141,7 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
 def submit(arguments: list[str]) -> int:
     """Put a recipe with its overrides into Slurm's queue."""
     from . import submit as command
+    from .resources import Resources
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(command.USAGE, end="")
@@ -158,7 +159,7 @@ def submit(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     options, overrides = parser.parse_known_args(arguments[1:])
     how = {name: vars(options).pop(name) for name in ("chain", "sweep", "dry_run")}
-    resources = command.Resources(**vars(options))
+    resources = Resources(**vars(options))
     return command.submit([arguments[0], *overrides], resources, **how)
 
 

@@ -8,7 +8,6 @@ which no shell reads, only as far as a pattern allows.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 import shlex
@@ -24,6 +23,8 @@ from trainer.recipes import recipe
 
 from . import rundir, slurm
 from .local import python_environment
+from .process import check_not_stopped
+from .resources import WARNING, Resources
 from .runs import SCRIPT, SWEEP_SCRIPT, Queue, look
 from .table import table
 
@@ -52,73 +53,12 @@ foveate pretrain RECIPE --help lists all settings with the recipe's values.
 SCRIPTS = rundir.CODE / "slurm"
 ENVIRONMENT = "env.sh"
 """What a job's shell sets; the run keeps a copy, as of the code."""
-WARNING = 300
-"""Seconds before the time limit at which Slurm warns the driver: the time for the last save."""
 _VALUE = r"[\w .,:+=@%*&|!()\[\]/~-]+"
 """What an option of Slurm may hold: no quote, backslash or line break, which would end it early."""
 _PATH = r"[\w .,:+=@/~-]+"
 """What the path of a run may hold: in paths of logs, Slurm reads % and backslash in its own way."""
-_TIME = r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?"
-"""Minutes, minutes:seconds, hours:minutes:seconds, or from days- on: hours, minutes, seconds."""
-
 _OWN = ("array", "chdir", "dependency", "parsable", "requeue", "no-requeue", "test-only", "wrap")
 """Options of sbatch that are not a user's to give, beside those that are set here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a job asks of Slurm; None leaves an option to the site, and to the SBATCH_ variables.
-
-    One process runs on each GPU unless `ntasks_per_node` says otherwise. `sbatch` holds further
-    options as NAME=VALUE, or NAME alone.
-    """
-
-    nodes: int
-    gpus_per_node: int
-    ntasks_per_node: int | None
-    cpus_per_task: int | None
-    time: str | None
-    partition: str | None
-    account: str | None
-    qos: str | None
-    mem: str | None
-    constraint: str | None
-    sbatch: Sequence[str] = ()
-
-    @property
-    def num_tasks(self) -> int:
-        """Processes on each node."""
-        return self.gpus_per_node if self.ntasks_per_node is None else self.ntasks_per_node
-
-    def check(self) -> None:
-        """Raise UserError unless there are processes to start and time to do so."""
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{_option(name)} is {value}: give at least {least}")
-        if self.num_tasks < 1:
-            raise UserError(
-                f"{self.num_tasks} processes on a node: give --ntasks-per-node N, or GPUs"
-            )
-        if self.time is not None and _seconds(self.time) <= WARNING:
-            raise UserError(
-                f"--time is {self.time}: give more than the {WARNING // 60} minutes at its end, "
-                "which are for the last save"
-            )
-
-    def options(self, num_workers: int) -> dict[str, str | None]:
-        """Return sbatch's options by name for workers with so many decoding threads."""
-        found: dict[str, str | None] = {
-            "nodes": str(self.nodes),
-            "ntasks-per-node": str(self.num_tasks),
-            "cpus-per-task": str(self.cpus_per_task or num_workers),
-        }
-        if self.gpus_per_node:
-            found["gpus-per-node"] = str(self.gpus_per_node)
-        for name in ("time", "partition", "account", "qos", "mem", "constraint"):
-            if (value := getattr(self, name)) is not None:
-                found[name] = value
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,8 +258,7 @@ def _check_free(jobs: Sequence[Job]) -> None:
                 f"{job.run_dir} is job {other.id} already, {other.state}: wait for it, or "
                 f"scancel {other.id}"
             )
-        if (job.run_dir / "stop").exists():
-            raise UserError(f"{job.run_dir / 'stop'} tells the run to stop: remove it to go on")
+        check_not_stopped(job.run_dir)
     if all(look(job.run_dir).state == "complete" for job in jobs):
         raise UserError(f"{jobs[0].run_dir} is complete: give another --run-dir to train anew")
 
@@ -368,24 +307,3 @@ def _sweep_report(jobs: Sequence[Job], array: int) -> str:
         f"stop   scancel {array}",
     ]
     return "\n".join(lines)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _seconds(time: str) -> float:
-    """Return the seconds of a time limit in one of sbatch's forms.
-
-    Raises:
-        UserError: if it has another form.
-    """
-    if time.lower() in ("infinite", "unlimited"):
-        return math.inf
-    found = re.fullmatch(_TIME, time)
-    if found is None:
-        raise UserError(f"--time is {time}: give minutes, HOURS:MINUTES:SECONDS, DAYS-HOURS or so")
-    days, *parts = found.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    units = (60, 1) if days is None and len(numbers) < 3 else (3600, 60, 1)
-    return 86400 * int(days or 0) + sum(map(math.prod, zip(numbers, units, strict=False)))

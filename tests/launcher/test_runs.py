@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -196,16 +195,8 @@ def test_the_table_has_a_line_for_each_run(tmp_path, capsys):
     make_run(tmp_path / "two")
     assert main(["runs", str(tmp_path)]) == 0
     heading, one, two = capsys.readouterr().out.splitlines()
-    assert heading.split() == [
-        "run",
-        "step",
-        "images/s",
-        "left",
-        "checkpoint",
-        "top-1",
-        "job",
-        "state",
-    ]
+    assert heading.startswith("run ")
+    assert heading.endswith("step  images/s   left  checkpoint  top-1  job  state")
     assert one.split()[1:] == ["300/800", "640", "100", "s", "-", "-", "-", "running"]
     assert two.endswith("not started")
 

@@ -74,8 +74,10 @@ def test_a_machine_without_slurm_is_told_so(monkeypatch, tmp_path):
 
 
 def test_a_line_of_a_queued_job_is_read():
-    line = "\x1f".join(["7", "n", "PENDING", "BeginTime", "", "x[1-2]", "UNLIMITED", "(null)"])
+    line = "\x1f".join(
+        ["7", "N/A", "n", "PENDING", "BeginTime", "", "x[1-2]", "UNLIMITED", "(null)"]
+    )
     assert Job.parse(line) == Job(
-        id=7, name="n", state="PENDING", reason="BeginTime", nodes=(), excluded=("x1", "x2"),
-        seconds_left=None, command="(null)",
+        id=7, array_task=None, name="n", state="PENDING", reason="BeginTime", nodes=(),
+        excluded=("x1", "x2"), seconds_left=None, command="(null)",
     )  # fmt: skip
