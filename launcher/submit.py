@@ -50,9 +50,9 @@ same command again, or sbatch RUN/job.sbatch, goes on with the run.
 foveate pretrain RECIPE --help lists all settings with the recipe's values.
 """
 
-SCRIPTS = rundir.CODE / "slurm"
-ENVIRONMENT = "env.sh"
-"""What a job's shell sets; the run keeps a copy, as of the code."""
+TEMPLATE = rundir.CODE / "slurm" / "job.sbatch.in"
+ENVIRONMENT = Path("slurm", "env.sh")
+"""What a job's shell sets, in the checkout and in the run's frozen code."""
 _VALUE = r"[\w .,:+=@%*&|!()\[\]/~-]+"
 """What an option of Slurm may hold: no quote, backslash or line break, which would end it early."""
 _PATH = r"[\w .,:+=@/~-]+"
@@ -126,8 +126,7 @@ def submit(
     slurm.run(["sbatch", "--test-only", *submitted.arguments, "--wrap=true"])
     _check_data(jobs)
     for job in jobs:
-        rundir.prepare(job.config)
-        shutil.copy(SCRIPTS / ENVIRONMENT, job.run_dir)
+        _freeze_environment(rundir.prepare(job.config) / "code")
     for script in (submitted, *scripts):
         script.path.write_text(script.text)
     ids: list[int] = []
@@ -181,9 +180,8 @@ def _job_script(job: Job, resources: Resources, *, is_chained: bool) -> Script:
     values = {
         "OPTIONS": _lines(options),
         "FOLDER": shlex.quote(os.getcwd()),
-        "VENV": shlex.quote(sys.prefix),
-        "ENVIRONMENT": shlex.quote(str(job.run_dir / ENVIRONMENT)),
-        "CODE": shlex.quote(str(job.run_dir / "code")),
+        "VENV": shlex.quote(os.environ.get("FOVEATE_VENV") or sys.prefix),
+        "ENVIRONMENT": shlex.quote(str(job.run_dir / "code" / ENVIRONMENT)),
         "ARGUMENTS": shlex.join(job.arguments),
     }
     # In one pass: what a value holds is never taken for the name of another.
@@ -194,12 +192,19 @@ def _job_script(job: Job, resources: Resources, *, is_chained: bool) -> Script:
 def _template() -> str:
     """Read the job script's template, which frozen code and installed packages come without."""
     try:
-        return (SCRIPTS / "job.sbatch.in").read_text()
+        return TEMPLATE.read_text()
     except FileNotFoundError:
         raise UserError(
-            f"{SCRIPTS} holds no job.sbatch.in: submit from a checkout; a run that was submitted "
-            f"goes on by sbatch RUN/{SCRIPT}"
+            f"{TEMPLATE} is missing: submit from a checkout; a run that was submitted goes on by "
+            f"sbatch RUN/{SCRIPT}"
         ) from None
+
+
+def _freeze_environment(code: Path) -> None:
+    """Put what the job's shell sets beside a run's code, unless an earlier start did."""
+    if not (code / ENVIRONMENT).exists():
+        (code / ENVIRONMENT).parent.mkdir(exist_ok=True)
+        shutil.copy(rundir.CODE / ENVIRONMENT, code / ENVIRONMENT)
 
 
 def _sweep_script(jobs: Sequence[Job], resources: Resources) -> Script:
