@@ -112,6 +112,11 @@ def queue(*, job_ids: Sequence[int] = ()) -> list[Job]:
     return [Job.parse(line) for line in lines]
 
 
+def may_requeue(job_id: int) -> bool:
+    """Return whether a job may be queued again, which --no-requeue or a site can forbid."""
+    return run(["squeue", "--noheader", f"--jobs={job_id}", "--Format=Requeue"]).strip() != "0"
+
+
 def requeue(job_id: int, *, without: Sequence[str] = ()) -> None:
     """Stop a running batch job and queue it again, by the same id, to run on other nodes.
 

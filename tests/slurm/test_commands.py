@@ -56,6 +56,13 @@ def test_a_requeued_job_runs_elsewhere(cluster, here):
     slurm.cancel(job_id)
 
 
+def test_what_a_job_says_of_requeueing_is_known(cluster, here):
+    for option, may in (("--requeue", True), ("--no-requeue", False)):
+        job_id = slurm.submit([option, "--hold", str(script(here))])
+        assert slurm.may_requeue(job_id) is may
+        slurm.cancel(job_id)
+
+
 def test_a_job_that_slurm_does_not_know_is_none(here):
     assert slurm.job(99_999_999) is None
 
