@@ -57,8 +57,11 @@ _VALUE = r"[\w .,:+=@%*&|!()\[\]/~-]+"
 """What an option of Slurm may hold: no quote, backslash or line break, which would end it early."""
 _PATH = r"[\w .,:+=@/~-]+"
 """What the path of a run may hold: in paths of logs, Slurm reads % and backslash in its own way."""
-_OWN = ("array", "chdir", "dependency", "parsable", "requeue", "no-requeue", "test-only", "wrap")
-"""Options of sbatch that are not a user's to give, beside those that are set here."""
+_OWN = (
+    *("array", "chdir", "dependency", "requeue", "no-requeue"),
+    *("wrap", "wait", "parsable", "test-only", "help", "usage", "version"),
+)
+"""Options of sbatch, beside those that are set here, that would make it do something else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher import rundir
+from launcher.demo import metrics
 from launcher.local import python_environment
 from tests.slurm.cluster import wait_until
 
@@ -60,10 +61,6 @@ def user(cluster, tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()
     return User(cluster, folder)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:
