@@ -89,6 +89,17 @@ class Script:
     options: Mapping[str, str | None]
     text: str
 
+    def write(self) -> None:
+        """Write the script into its place, over one of an earlier submission.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            self.path.write_text(self.text)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; mend that") from None
+
     @property
     def arguments(self) -> list[str]:
         """The options for sbatch's command line, where no variable of the environment wins."""
@@ -128,10 +139,10 @@ def submit(
     _check_free(jobs)
     slurm.run(["sbatch", "--test-only", *submitted.arguments, "--wrap=true"])
     _check_data(jobs)
-    for job in jobs:
+    for job, script in zip(jobs, scripts, strict=True):
         _freeze_environment(rundir.prepare(job.config) / "code")
-    for script in (submitted, *scripts):
-        script.path.write_text(script.text)
+        script.write()
+    submitted.write()
     ids: list[int] = []
     for _ in range(chain):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
