@@ -243,9 +243,7 @@ def _queue_again(start: Start, code: int, *, without: Sequence[str]) -> int:
                 print("the job is being ended from outside: it is not queued again", flush=True)
                 return code
             if not slurm.may_requeue(start.job):
-                print(
-                    "the job is not to be queued again: the next of its chain goes on", flush=True
-                )
+                print("the job may not be queued again: the next of a chain goes on", flush=True)
                 return code
             avoiding = f", without {', '.join(without)}" if without else ""
             print(f"job {start.job} is queued again{avoiding}", flush=True)

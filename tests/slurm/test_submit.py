@@ -100,7 +100,8 @@ def test_the_next_job_of_a_chain_goes_on_where_the_last_was_stopped(cluster, use
     assert "the next of a chain goes on" in (run / "logs" / f"slurm-{first}.out").read_text()
     cluster.wait(second, "RUNNING")
     wait_until(lambda: len(starts(run)) == 2, "the second start", cluster.diary)
-    assert starts(run)[1]["step"] == user.runs()["demo"]["checkpoint_step"] > 0
+    stopped = next(event for event in metrics(run) if event["kind"] == "stop")
+    assert starts(run)[1]["step"] == stopped["step"] > 0
     assert user.runs()["demo"]["state"] == "running"
     (run / "stop").touch()
     cluster.wait(second, "FAILED")
