@@ -246,7 +246,8 @@ def _options(job: Job, resources: Resources, *, log: str, again: str) -> dict[st
     }
     for item in resources.sbatch:
         name, has_value, value = item.removeprefix("--").partition("=")
-        if name in options or name in _OWN or not re.fullmatch("[a-z][a-z-]*", name):
+        is_ours = name in _OWN or (name in options and name != "signal")
+        if is_ours or not re.fullmatch("[a-z][a-z-]*", name):
             raise UserError(
                 f"--sbatch {item}: give another option of sbatch as NAME=VALUE, such as "
                 "--sbatch reservation=mine"

@@ -41,7 +41,8 @@ def options(script: str) -> dict[str, str]:
 
 
 def test_a_dry_run_prints_the_script_and_makes_nothing(folder, capsys):
-    script = dry_run(capsys, "--nodes", "3", *CPU, "--time", "2-0", "--qos", "long")
+    more = ["--sbatch", "exclusive", "--sbatch", "signal=B:USR1@900"]
+    script = dry_run(capsys, "--nodes", "3", *CPU, "--time", "2-0", "--qos", "long", *more)
     run = folder / "runs" / "demo"
     assert options(script) == {
         "job-name": "demo",
