@@ -285,7 +285,10 @@ def _check_free(jobs: Sequence[Job]) -> None:
 
 def _check_data(jobs: Sequence[Job]) -> None:
     """Open the data as the runs will, in a process that has torch; runs of a sweep share most."""
-    different = {(j.config.data, j.config.train, j.config.model.num_classes): j for j in jobs}
+    different: dict[object, Job] = {}
+    for job in jobs:
+        config = job.config
+        different[config.data, config.train.batch_size, config.model.num_classes] = job
     for job in different.values():
         done = subprocess.run(
             [sys.executable, "-m", "trainer.data_tools", "check", *job.arguments],
