@@ -157,6 +157,12 @@ class Cluster:
         for process in self.processes(node, "slurmd"):
             process.kill()
 
+    def crash_controller(self) -> None:
+        """End Slurm's controller as a crash does, and start it again."""
+        self._daemons["slurmctld"].kill()
+        self._daemons["slurmctld"].wait()
+        self._start("slurmctld", "slurmctld", "-D")
+
     def processes(self, node: str, *words: str) -> list[psutil.Process]:
         """Return the processes of a node whose command line has all these words."""
         found = []

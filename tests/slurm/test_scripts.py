@@ -60,16 +60,17 @@ def test_slurm_takes_every_script(cluster):
 
 def test_a_script_finds_its_folder_wherever_it_lies(cluster, tmp_path):
     there = tmp_path / "a b" / "c $(touch x)" / "slurm"
-    shutil.copytree(SCRIPTS, there)
-    shutil.copytree(SCRIPTS.parent / "launcher", there.parent / "launcher")
-    for arguments in ([], ["--optim.lr", "a  b"], ["nonsense --train"]):
-        job = cluster.submit(
-            there / "export.sh", *arguments, options=["--output=said"], folder=tmp_path
-        )
-        cluster.wait(job, "FAILED")
-        # There is no trainer beside that launcher.
-        assert "ModuleNotFoundError: No module named 'trainer'" in (tmp_path / "said").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "said"]
+    there.mkdir(parents=True)
+    shutil.copy(SCRIPTS / "pretrain_base.sh", there)
+    (there / "env.sh").write_text('echo "$BASH_SOURCE"; exit\n')
+    for arguments in ([], ["--optim.lr", "a  b"], ["$(touch y)", "; touch z", "`'\""]):
+        options = ["--output=said", "--nodes=1"]
+        script = there / "pretrain_base.sh"
+        job = cluster.submit(script, *arguments, options=options, folder=tmp_path)
+        cluster.wait(job, "COMPLETED")
+        assert (tmp_path / "said").read_text() == f"{there / 'env.sh'}\n"
+        (tmp_path / "said").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["a b"]
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
