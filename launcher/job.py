@@ -38,7 +38,7 @@ FINAL = (USER_ERROR, BAD_NUMERICS, STOPPED)
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What Slurm has given the job: its nodes in order, and how many tasks srun will start."""
+    """What Slurm has given the job: its nodes in order, and how many tasks go on them together."""
 
     job: int
     restart: int
@@ -54,14 +54,13 @@ class Allocation:
         """
         try:
             nodes = tuple(expand_hosts(environment["SLURM_JOB_NODELIST"]))
-            tasks = environment.get("SLURM_NTASKS") or str(
-                len(nodes) * int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
-            )
+            # SLURM_NTASKS is that of the first start, even if the job now has other nodes.
+            per_node = environment.get("SLURM_NTASKS_PER_NODE")
             return cls(
                 job=int(environment["SLURM_JOB_ID"]),
                 restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
                 nodes=nodes,
-                tasks=int(tasks),
+                tasks=len(nodes) * int(per_node) if per_node else int(environment["SLURM_NTASKS"]),
             )
         except (KeyError, ValueError) as error:
             raise UserError(
@@ -107,7 +106,7 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    step = Step(config, run_dir, job_id=start.job, moments=moments)
+    step = Step(config, run_dir, start, moments=moments)
     status = step.run()
     return _conclude(starts, start, status, asked=step.asked)
 
@@ -121,7 +120,7 @@ def _config(arguments: Sequence[str]) -> RunConfig:
 
 def go_on_with_frozen_code(code: Path) -> None:
     """Become the driver that a run which has begun has frozen: the checkout may have moved on."""
-    if code.is_dir() and code.resolve() != rundir.CODE:
+    if (code / "launcher" / "job.py").is_file() and code.resolve() != rundir.CODE:
         command = [sys.executable, "-m", "launcher.job", *sys.argv[1:]]
         os.execve(sys.executable, command, python_environment(code))
 
@@ -133,15 +132,17 @@ class Step:
         self,
         config: RunConfig,
         run_dir: Path,
+        start: Start,
         *,
-        job_id: int,
         moments: Sequence[tuple[str, float]],
     ) -> None:
         self.asked: list[signal.Signals] = []
-        self._job_id = job_id
-        self._command = worker_command(
-            config, run_dir, image=os.environ.get("FOVEATE_CONTAINER", "")
-        )
+        self._job_id = start.job
+        self._command = [
+            *("srun", f"--nodes={len(start.nodes)}", f"--ntasks={start.processes}"),
+            *("--kill-on-bad-exit=1", "--wait=60", "--export=ALL"),
+            *worker_command(config, run_dir, image=os.environ.get("FOVEATE_CONTAINER", "")),
+        ]
         self._environment = python_environment(run_dir / "code")
         moments = [*moments, ("srun", time.time())]
         self._environment["FOVEATE_STARTED"] = ",".join(f"{n}={t:.2f}" for n, t in moments)
@@ -165,29 +166,29 @@ class Step:
 
     def _say_when_the_job_ends(self) -> None:
         """Tell the workers what they have to be through with a last save by; new Slurms do it."""
-        job = slurm.job(self._job_id)
-        if job is not None and job.seconds_left is not None:
-            end = str(int(time.time()) + job.seconds_left)
-            self._environment.setdefault("SLURM_JOB_END_TIME", end)
+        with contextlib.suppress(UserError):  # a run can do without
+            job = slurm.job(self._job_id)
+            if job is not None and job.seconds_left is not None:
+                end = str(int(time.time()) + job.seconds_left)
+                self._environment.setdefault("SLURM_JOB_END_TIME", end)
 
 
 def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]:
-    """Return the command that runs a worker in every task of the job.
+    """Return what srun runs in every task, and before it what it is told of a container.
 
-    `image` names a container to run them in: an Apptainer file (.sif), or whatever Slurm's Pyxis
-    plugin takes. It sees the run folder and the folders of the data, and brings its own Python.
+    `image` names one to run the workers in: an Apptainer file (.sif), or whatever Slurm's Pyxis
+    plugin takes; empty is none. It sees the folders of the run and of its data, and brings its own
+    Python.
     """
-    srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--export=ALL"]
     worker = ["-m", "trainer", "--config", str(run_dir / "config.json")]
     if not image:
-        return [*srun, sys.executable, *worker]
+        return [sys.executable, *worker]
     mounts = _folders(config, run_dir)
     if image.endswith(".sif"):
         binds = [f"--bind={folder}" for folder in mounts]
-        return [*srun, "apptainer", "exec", "--nv", *binds, image, "python3", *worker]
+        return ["apptainer", "exec", "--nv", *binds, image, "python3", *worker]
     inside = ",".join(f"{folder}:{folder}" for folder in mounts)
-    options = [f"--container-image={image}", f"--container-mounts={inside}"]
-    return [*srun, *options, "python3", *worker]
+    return [f"--container-image={image}", f"--container-mounts={inside}", "python3", *worker]
 
 
 def _folders(config: RunConfig, run_dir: Path) -> list[str]:

@@ -34,7 +34,8 @@ import psutil
 NODES = ("node1", "node2", "node3", "node4")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "setpriv")
 NAMESPACES = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-PATIENCE = 240.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+PATIENCE = 900.0
 """Seconds that anything may take on a machine that does other things too."""
 
 
@@ -115,15 +116,25 @@ class Cluster:
         """Return the words NAME=VALUE that Slurm shows of a job."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", str(job))))
 
-    def wait(self, job: int, *states: str) -> str:
-        """Wait until a job is in one of these states and return it."""
-        wait_until(lambda: self.state(job) in states, f"job {job} to be {states}", self.diary)
-        return self.state(job)
+    def wait(self, job: int, wanted: str) -> None:
+        """Wait until a job is in a state; one that ends otherwise is an error."""
 
-    def diary(self) -> str:
-        """Return the jobs, and what the controller has said, for a test that fails."""
-        log = (self.folder / "slurmctld.log").read_text().splitlines()
-        return "\n".join([self.run("squeue", "--states=all"), self.run("sinfo"), *log[-60:]])
+        def is_there() -> bool:
+            state = self.state(job)
+            assert state == wanted or state not in ENDED, f"job {job} is {state}\n{self.diary(job)}"
+            return state == wanted
+
+        wait_until(is_there, f"job {job} to be {wanted}", lambda: self.diary(job))
+
+    def diary(self, job: int) -> str:
+        """Return what became of a job, in its own words and the controller's."""
+        output = Path(
+            self.run("scontrol", "show", "job", str(job)).split("StdOut=")[1].split("\n")[0]
+        )
+        said = output.read_text().replace("\r", "\n") if output.exists() else ""
+        log = (self.folder / "slurmctld.log").read_text()
+        of_job = [line for line in log.splitlines() if f"={job}" in line or "node" in line]
+        return "\n".join([self.run("squeue"), self.run("sinfo"), *of_job[-40:], said[-4000:]])
 
     # What happens to machines.
 
@@ -145,6 +156,12 @@ class Cluster:
         """End the daemon of a node; what it has started runs on."""
         for process in self.processes(node, "slurmd"):
             process.kill()
+
+    def crash_controller(self) -> None:
+        """End Slurm's controller as a crash does, and start it again."""
+        self._daemons["slurmctld"].kill()
+        self._daemons["slurmctld"].wait()
+        self._start("slurmctld", "slurmctld", "-D")
 
     def processes(self, node: str, *words: str) -> list[psutil.Process]:
         """Return the processes of a node whose command line has all these words."""
