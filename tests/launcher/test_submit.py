@@ -51,9 +51,10 @@ def test_a_dry_run_prints_the_script_and_makes_nothing(folder, capsys):
         "cpus-per-task": "1",
         "time": "2-0",
         "qos": "long",
-        "signal": "B:USR1@300",
+        "signal": "B:USR1@900",
         "requeue": "",
         "open-mode": "append",
+        "exclusive": "",
         "output": f"{run}/logs/slurm-%j.out",
     }
     assert script.splitlines()[-1].startswith("exec python -m launcher.job demo --data.source ")
