@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Never
@@ -119,7 +120,7 @@ def _prepare(config: RunConfig) -> int:
 
 def _start(config: RunConfig, *, num_processes: int | None) -> int:
     from . import local, rundir
-    from .process import Process
+    from .process import Process, born
 
     if Process.from_environment(os.environ).world_size > 1:
         raise UserError(
@@ -132,6 +133,8 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
         raise UserError(f"--nproc is {num_processes}: give at least 1")
     config.check_world(num_processes)
     run_dir = rundir.prepare(config)
+    # The workers go on from here in their account of where the time went.
+    os.environ["FOVEATE_STARTED"] = f"launcher={born():.2f},folder={time.time():.2f}"
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)
 

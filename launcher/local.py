@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from .process import REQUEUE, Failure, failure_file, stopping_signals
+from .process import Failure, failure_file, stopping_signals
 
 _ENDED_BY_SIGNAL = re.compile(r"rank +: ([0-9]+) \(local_rank: [0-9]+\)\s+exitcode +: -([0-9]+)")
 """How torchrun reports a worker that a signal ended."""
@@ -117,8 +117,7 @@ class Workers:
         """
         logs, killed = self.run_dir / "logs", self._killed(status)
         if failure is not None and failure.code != 1:
-            word = "stopped" if failure.code == REQUEUE else "error"
-            return failure.code, f"{word}: {failure.message}"
+            return failure.code, failure.said
         if failure is None and self.asked:
             said = f"stopped: {self.asked[0].name} came before the run could be saved"
             return 128 + self.asked[0], said

@@ -13,16 +13,21 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
+from trainer import manifest
 from trainer.config import UserError
 
 REQUEUE = 75
 """Exit code of workers that saved and stopped because a signal asked them to."""
+STOPPED = 78
+"""Exit code of workers that saved and stopped because RUN/stop asked them to."""
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -179,16 +184,66 @@ def open_log(run_dir: Path, rank: int) -> TextIO:
     return before
 
 
+def node_name() -> str:
+    """Return this machine's name: the one that Slurm knows it by, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def born() -> float:
+    """Return when this process was made, in seconds since 1970."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc_pid_stat(5): starttime
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+def stop_file(run_dir: Path) -> Path:
+    """Return the file that, as long as it is there, keeps a run stopped."""
+    return run_dir / "stop"
+
+
+def save_file(run_dir: Path) -> Path:
+    """Return the file that asks for a checkpoint; whoever made the checkpoint removes it."""
+    return run_dir / "save"
+
+
+def check_not_stopped(run_dir: Path) -> None:
+    """Raise UserError if the run's `stop` file is there."""
+    if stop_file(run_dir).exists():
+        raise UserError(
+            f"{stop_file(run_dir)} keeps this run stopped: remove it and start the run again"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a run stopped: the rank that stopped first, its exit code and its message."""
+    """Why a run stopped: the rank that stopped first, its exit code and its message.
+
+    `node` is where it stopped, under exit code 76 where the rank that got stuck is, or None where
+    no one machine is to blame; several are joined by commas. `generation` is the start of the run
+    that it ended, None if it did not get so far as to have a number.
+    """
 
     rank: int
     code: int
     message: str
+    node: str | None = None
+    generation: int | None = None
+
+    @property
+    def said(self) -> str:
+        """The message, and whether the run was stopped or something went wrong."""
+        word = "stopped" if self.code in (REQUEUE, STOPPED) else "error"
+        return f"{word}: {self.message}"
 
     def leave(self, run_dir: Path) -> None:
-        """Write RUN/logs/failure.json, unless another rank did: what came first is the cause."""
+        """Write RUN/logs/failure.json, unless another rank did: what came first is the cause.
+
+        Once a newer start has taken over, the file is about that one alone.
+        """
+        if self.generation is not None and manifest.is_stale(
+            run_dir / "checkpoints", self.generation
+        ):
+            return
         with contextlib.suppress(OSError), failure_file(run_dir).open("x") as file:
             json.dump(dataclasses.asdict(self), file)
 

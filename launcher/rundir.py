@@ -19,6 +19,8 @@ from pathlib import Path
 from trainer.config import RunConfig, UserError, flatten
 from trainer.sections import DataConfig, DistillConfig
 
+from .process import check_not_stopped
+
 PACKAGES = ("launcher", "trainer", "models", "data")
 CODE = Path(__file__).resolve().parents[1]
 """The folder that holds the packages this process runs."""
@@ -119,6 +121,7 @@ def _continue(path: Path, config: RunConfig) -> None:
         raise UserError(
             f"{path} is not a run folder and not empty: give another --run-dir, or remove it"
         )
+    check_not_stopped(path)
     changed = conflicts(RunConfig.read(file), config)
     if changed:
         raise UserError(

@@ -1,8 +1,8 @@
 """One worker: configuration -> process -> Trainer.
 
 Exit codes: 0 done, 2 a user's mistake, 75 stopped after saving (start me again), 76 a rank got
-stuck, 77 bad numerics; anything else is a bug and shows a traceback. What stopped the run is left
-in the run folder too, since torchrun and srun hide the workers' exit codes.
+stuck, 77 bad numerics, 78 stopped by RUN/stop; anything else is a bug and shows a traceback. What
+stopped the run is left in the run folder too, since torchrun and srun hide the workers' exit codes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import sys
 import traceback
 from pathlib import Path
 
-from launcher.process import REQUEUE, Failure, Process, failure_file, open_log
+from launcher.process import (
+    REQUEUE,
+    STOPPED,
+    Failure,
+    Process,
+    check_not_stopped,
+    failure_file,
+    node_name,
+    open_log,
+    stop_file,
+)
 
 from .config import RunConfig, UserError
 
@@ -41,9 +51,8 @@ def main() -> int:
     if failure is None:
         return DONE
     failure.leave(Path(config.run_dir))
-    word = "stopped" if failure.code == REQUEUE else "error"
     with contextlib.suppress(OSError):  # under a launcher, it is a log on the same disk
-        print(f"{word}: {failure.message}", file=console, flush=True)
+        print(failure.said, file=console, flush=True)
     return failure.code
 
 
@@ -54,15 +63,20 @@ def run(config: RunConfig, process: Process) -> Failure | None:
 
     from .guard import BadNumericsError
     from .loop import Trainer
+    from .signals import Stop
 
+    trainer = None
     try:
+        check_not_stopped(Path(config.run_dir))
         trainer = Trainer(config, process)
         if trainer.run():
             return None
         in_time = trainer.saved == trainer.state
         done = "is saved" if in_time else "could not be saved in the time left"
-        code = REQUEUE
-        message = f"step {trainer.state.step} {done}: start the run again to go on"
+        code, go_on = REQUEUE, "start the run again to go on"
+        if trainer.signals.stop is Stop.FILE:
+            code, go_on = STOPPED, f"remove {stop_file(trainer.run_dir)} to go on"
+        message = f"step {trainer.state.step} {done}: {go_on}"
     except (UserError, DataError, ModelError) as error:
         code, message = USER_ERROR, str(error)
     except BadNumericsError as error:
@@ -71,7 +85,13 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         code, message = explain(error, config.run_dir)
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
             print(message, file=sys.stderr, flush=True)
-    return Failure(rank=process.rank, code=code, message=message)
+    return Failure(
+        rank=process.rank,
+        code=code,
+        message=message,
+        node=node_name(),
+        generation=None if trainer is None else trainer.control.generation,
+    )
 
 
 def explain(error: Exception, run_dir: str) -> tuple[int, str]:

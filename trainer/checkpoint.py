@@ -107,8 +107,6 @@ class Checkpointer:
                 return False
             self._thread = None
         error, self._error = self._error, None
-        if isinstance(error, Fenced):
-            raise UserError(str(error))
         if error is not None:
             raise error
         return True

@@ -7,6 +7,7 @@ loop does, it calls by name.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -24,6 +25,7 @@ from launcher.process import Process
 
 from .checkpoint import Checkpointer
 from .config import RunConfig
+from .control import Control
 from .determinism import be_deterministic
 from .engine import Engine
 from .evaluate import Evaluator
@@ -33,7 +35,8 @@ from .inputs import make_stream, open_val, pixels
 from .metrics import MetricLogger
 from .microbatch import fit_microbatch
 from .schedule import Hyper, hyper_at
-from .signals import Signals
+from .signals import Signals, Stop
+from .startup import Startup
 from .state import TrainState
 from .stragglers import Stragglers
 from .task import make_task
@@ -44,18 +47,24 @@ class Trainer:
     """One process of one run."""
 
     def __init__(self, config: RunConfig, process: Process) -> None:
+        self.startup = Startup(os.environ)
+        self.startup.reached("imports")
         self.run_dir = Path(config.run_dir)
         config.check_world(process.world_size)
         if config.train.deterministic:
             be_deterministic()
         self.device = join(process, self.run_dir)
+        self.startup.reached("group")
         task = make_task(config, self.device)
         self.config = config = fit_microbatch(config, self.device, task)
+        self.startup.reached("task")
         self.pipeline = make_stream(config, self.device)
         val = open_val(config, classes=self.pipeline.source.classes)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.startup.reached("data")
         self.engine = Engine(config, self.device, task)
+        self.startup.reached("model")
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
             gloo_group(),
@@ -63,11 +72,13 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
             local_dir=Path(local_dir) if (local_dir := config.checkpoint.local_dir) else None,
         )
+        self.control = Control(self.run_dir, generation=self.checkpointer.generation)
         self.state = self._restore()
+        self.startup.reached("checkpoint")
         self.saved: TrainState | None = self.state
         self.group = gloo_group()
-        self.signals = Signals(gloo_group())
-        self.watchdog = Watchdog(self.run_dir, seconds=config.guard.hang_seconds)
+        self.signals = Signals(gloo_group(), self.control)
+        self.watchdog = Watchdog(self.control, seconds=config.guard.hang_seconds)
         self.guard = Guard(config.guard, self.run_dir, self.device, every=config.log.every)
         self.stragglers = Stragglers(self.device, gloo_group())
         self.evaluator = Evaluator(
@@ -79,7 +90,7 @@ class Trainer:
             watchdog=self.watchdog,
         )
         self.metrics = MetricLogger(
-            self.run_dir,
+            self.control,
             step=self.state.step,
             total_steps=self.total_steps,
             every=config.log.every,
@@ -87,9 +98,10 @@ class Trainer:
         )
 
     def run(self) -> bool:
-        """Train until the last step or a signal, save, and return whether the run is complete.
+        """Train until the last step or a request to stop, save, and return whether it is complete.
 
         Raises:
+            Fenced: if a newer start of the run has begun; nothing was written since.
             BadNumericsError: if nothing could be learnt for a whole log interval, or a loss jumped
                 where `guard.action` lets nothing be done about it.
             UserError: if the data or the disk gives out; the last good checkpoint stays.
@@ -97,7 +109,8 @@ class Trainer:
         try:
             return self._train()
         except BaseException as error:
-            self.guard.dump(repr(error), wait=False)
+            if self.control.owns_folder():
+                self.guard.dump(repr(error), wait=False)
             with suppress(OSError):  # the disk may be what gave out
                 self.metrics.close()
             raise
@@ -119,6 +132,7 @@ class Trainer:
             self._evaluate_if_due()  # a stop may have cut it short
             while self.state.step < self.total_steps and (data := self._take(stream)):
                 if self.state.step == first:
+                    self.startup.reached("first_batch")
                     self._show_inputs(data[0][0])
                 self.advance(data)
                 if self.state.step == first + 1:
@@ -129,10 +143,14 @@ class Trainer:
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every) or self._is_best():
                     self._save(in_background=self.config.checkpoint.async_save)
+                if self.signals.save:
+                    self._save_as_asked()
         return self._finish()
 
     def _started(self) -> None:
         """The first step, which may compile and connect, is behind us: be less patient."""
+        self.startup.reached("first_step")
+        self.metrics.event("startup", self.state.step, **self.startup.seconds())
         self.watchdog.started()
         if (seconds := self.config.guard.hang_seconds) > 0:  # after the watchdog, which says more
             dist.set_timeout(timedelta(seconds=2 * seconds))
@@ -248,6 +266,13 @@ class Trainer:
         self.saved = self.state
         self.metrics.event("save", self.state.step, stall=time.perf_counter() - begin)
 
+    def _save_as_asked(self) -> None:
+        """Make the checkpoint that RUN/save asks for, and wait until it is whole."""
+        if self.state != self.saved:
+            self._save(in_background=True)
+        self.checkpointer.wait()
+        self.signals.saved()
+
     def _save_in_time(self) -> bool:
         """Save what is in no checkpoint yet; return False if too little time is left for that.
 
@@ -329,6 +354,8 @@ class Trainer:
 
     def _finish(self) -> bool:
         """Write what is left: the metrics, and a checkpoint if the state is in none."""
+        if self.signals.stop is Stop.STALE:
+            raise self.control.fenced()
         if not self._save_in_time():
             self.saved = None
         complete = (
@@ -339,7 +366,10 @@ class Trainer:
         self.metrics.flush()
         self._check_numerics()
         if not complete:
-            self.guard.dump("stopped by a signal")
+            by_file = self.signals.stop is Stop.FILE
+            self.guard.dump(f"stopped by {'RUN/stop' if by_file else 'a signal'}")
+        else:  # it may have been asked for while the last checkpoint was on its way
+            self.signals.saved()
         self.metrics.event(
             "end" if complete else "stop", self.state.step, best_top1=self.state.best
         )

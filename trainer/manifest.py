@@ -22,7 +22,7 @@ _REPLACED = "replaced_"  # begins the name of a checkpoint while another takes i
 _REMOVED = "removed_"  # and of a folder on its way out
 
 
-class Fenced(RuntimeError):
+class Fenced(UserError):
     """A newer start of this run owns the folder: this one must stop without writing."""
 
 
@@ -223,12 +223,24 @@ def begin_generation(root: Path) -> int:
 
 def check_generation(root: Path, generation: int) -> None:
     """Raise Fenced if a newer start than `generation` has begun."""
-    newest = _generation(root)
-    if newest != generation:
-        raise Fenced(
-            f"{root} belongs to start {newest} of this run; this is start {generation}, which "
-            "must have been taken for dead: it stops here and writes nothing"
-        )
+    if _generation(root) != generation:
+        raise fenced(root, generation)
+
+
+def fenced(root: Path, generation: int) -> Fenced:
+    """Return what ends start `generation` once a newer one has begun."""
+    return Fenced(
+        f"{root} belongs to start {_generation(root)} of this run; this is start {generation}, "
+        "which must have been taken for dead: it stops here and writes nothing"
+    )
+
+
+def is_stale(root: Path, generation: int) -> bool:
+    """Return whether a newer start than `generation` is known to have begun."""
+    try:
+        return _generation(root) > generation
+    except OSError:  # a file server that does not answer says nothing about other starts
+        return False
 
 
 def _generation(root: Path) -> int:

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from .control import Control
+
 
 @dataclass
 class _Interval:
@@ -35,7 +37,7 @@ class _Interval:
 
 
 class MetricLogger:
-    """Reports a run. All ranks call it alike; rank 0 writes.
+    """Reports a run. All ranks call it alike; rank 0 writes, while no newer start has begun.
 
     `nothing_learnt_at` is the last step of the interval reported last, if every update in it was
     left out, else None.
@@ -43,7 +45,7 @@ class MetricLogger:
 
     def __init__(
         self,
-        run_dir: Path,
+        control: Control,
         *,
         step: int,
         total_steps: int,
@@ -53,7 +55,7 @@ class MetricLogger:
         self.every = every
         self.batch_size = batch_size
         self.total_steps = total_steps
-        self.sinks = _Sinks(run_dir, step, total_steps) if dist.get_rank() == 0 else None
+        self.sinks = _Sinks(control, step, total_steps) if dist.get_rank() == 0 else None
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._data_seconds = 0.0
@@ -139,10 +141,12 @@ class MetricLogger:
 class _Sinks:
     """Where rank 0 writes."""
 
-    def __init__(self, run_dir: Path, step: int, total_steps: int) -> None:
+    def __init__(self, control: Control, step: int, total_steps: int) -> None:
         # Imported here: it takes seconds, which only the rank that writes should spend.
         from torch.utils.tensorboard import SummaryWriter
 
+        self.control = control
+        run_dir = control.run_dir
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.jsonl = _open_lines(run_dir / "metrics.jsonl")
         self.bar = tqdm(
@@ -157,6 +161,8 @@ class _Sinks:
         self._last = (step, time.perf_counter())
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if not self.control.owns_folder():
+            return
         line = {"kind": kind, "step": step, "time": time.time()}
         line |= {name: value if _is_json(value) else None for name, value in values.items()}
         self.jsonl.write(json.dumps(line, allow_nan=False) + "\n")

@@ -8,7 +8,6 @@ waited for; its times are read an interval later.
 
 from __future__ import annotations
 
-import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from launcher.process import node_name
 
 from .group import gather
 
@@ -45,7 +46,7 @@ class Stragglers:
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         self._cuda = device.type == "cuda"
         self._group = group
-        self._hosts = gather(socket.gethostname(), group)
+        self._hosts = gather(node_name(), group)
         self._seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._before: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

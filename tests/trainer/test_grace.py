@@ -17,12 +17,14 @@ from tests.trainer.runs import lines, tiny_config
 from trainer import manifest
 from trainer.__main__ import run
 from trainer.config import RunConfig, UserError
+from trainer.control import Control
 from trainer.loop import Trainer
 from trainer.signals import Signals
 
 PLACE = Process(
     rank=0, world_size=1, local_rank=0, node=0, address="127.0.0.1", port=0, kind="torchrun"
 )
+NO_CONTROL = Control(Path("no run folder"), generation=1)
 
 
 def tell():
@@ -32,7 +34,7 @@ def tell():
 def seconds_left(rank, world_size):
     """What is left before and after a signal, without and with the end of a Slurm job."""
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    signals = Signals(dist.new_group(backend="gloo"))
+    signals = Signals(dist.new_group(backend="gloo"), NO_CONTROL)
     before = signals.seconds_left(3000.0)
     with mock.patch.dict(os.environ, {"SLURM_JOB_END_TIME": str(int(time.time()) + 50000)}):
         job = signals.seconds_left(3000.0)

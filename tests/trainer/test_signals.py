@@ -21,10 +21,12 @@ from tests.data.servers import FileServer
 from tests.dist import run_distributed
 from tests.trainer.runs import TINY, lines, tiny_config, train
 from trainer import manifest
+from trainer.control import Control
 from trainer.group import gather
 from trainer.signals import Signals
 
 ROOT = Path(__file__).parents[2]
+NO_CONTROL = Control(Path("no run folder"), generation=1)
 TOLD_AT = 3
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -34,7 +36,7 @@ def leave_when_told(rank, world_size):
     heed_every_signal()
     steps, received = [], []
     for number in ASKING:
-        signals = Signals(dist.new_group(backend="gloo"))
+        signals = Signals(dist.new_group(backend="gloo"), NO_CONTROL)
         for asked in (number, None):
             step = 0
             while not signals.agree() and step < 20:
@@ -58,7 +60,7 @@ def test_all_ranks_leave_after_the_same_step():
 def leave_while_one_waits(rank, world_size, told):
     """Rank 1 waits for data twice; the second time they never come, and `told` gets a signal."""
     heed_every_signal()
-    signals = Signals(dist.new_group(backend="gloo"))
+    signals = Signals(dist.new_group(backend="gloo"), NO_CONTROL)
     pids = gather(os.getpid())
     said = []
     for data_come in (True, False):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from launcher.process import Failure
 from tests.dist import RankError, run_distributed
+from trainer.control import Control
 from trainer.watchdog import Watchdog
 
 SECONDS = 4.0  # long enough for threads that a busy machine lets wait
@@ -19,7 +20,7 @@ SECONDS = 4.0  # long enough for threads that a busy machine lets wait
 
 def get_stuck(rank, world_size, folder, who, how):
     """All ranks meet twice; one of them never comes to the second meeting."""
-    watchdog = Watchdog(folder, seconds=SECONDS)
+    watchdog = Watchdog(Control(folder, generation=1), seconds=SECONDS)
     watchdog.at("computing")
     dist.barrier()
     watchdog.started()
@@ -54,7 +55,7 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path, who, how, said):
 
 def move_on(rank, world_size, folder):
     """Take longer than the limit, but for no single thing."""
-    watchdog = Watchdog(folder, seconds=SECONDS)
+    watchdog = Watchdog(Control(folder, generation=1), seconds=SECONDS)
     watchdog.started()
     begin, seconds = time.monotonic(), torch.zeros(())
     while seconds < 1.5 * SECONDS:
