@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -28,7 +29,7 @@ from trainer.readings import DONE, Reading, message
 
 from . import slurm
 from .local import num_gpus, python_environment, worker_environment
-from .process import Process, expand_hosts
+from .process import Process, expand_hosts, node_name
 from .rundir import CODE
 from .verdicts import Row, bad_hosts, judge, table
 
@@ -49,14 +50,17 @@ Exit code 1 if a node fails a check; the last line names those nodes.
 """
 SECONDS = 120.0
 """Time for everything. Healthy nodes take a fraction of it, most of which is importing torch."""
-_GRACE = 5.0  # seconds more until processes that do not end themselves are ended
+_LOST = re.compile(r"(?:failed on node|Node failure on) ([^\s:]+)")
+"""How srun names nodes on which it cannot start anything, or which went away meanwhile."""
+_GRACE = 5.0  # seconds that srun gets to end a step that hangs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What came out: a row per check and node."""
+    """What came out: a row per check and node, and what processes said on standard error."""
 
     rows: list[Row]
+    said: str
 
     @property
     def bad(self) -> list[str]:
@@ -64,11 +68,17 @@ class Report:
         return bad_hosts(self.rows)
 
     def __str__(self) -> str:
-        """The table and, as the last line, the verdict."""
+        """The table and, as the last line, the bad nodes.
+
+        Where processes did not come to their end, what was said last comes before it.
+        """
         hosts = dict.fromkeys(row.host for row in self.rows)
-        bad = ",".join(self.bad)
-        verdict = f"bad nodes: --exclude={bad}" if bad else f"{len(hosts)} nodes are fit"
-        return f"{table(self.rows)}\n{verdict.replace('1 nodes are', '1 node is')}"
+        silent = any(row.check == "answer" for row in self.rows)
+        said = [f"| {line}" for line in self.said.splitlines()[-20:]] if silent else []
+        last = f"bad nodes: --exclude={','.join(self.bad)}"
+        if not self.bad:
+            last = "1 node is fit" if len(hosts) == 1 else f"{len(hosts)} nodes are fit"
+        return "\n".join([*said, table(self.rows), last])
 
     def to_json(self) -> str:
         """Return everything as JSON: rows, the bad nodes, and Slurm's option that avoids them."""
@@ -131,10 +141,11 @@ def examine(
         environments = [python_environment(CODE)]
     else:
         count = num_processes or max(1, num_gpus())
-        expected = [socket.gethostname()]
+        expected = [node_name()]
         commands = [worker] * count
         environments = _places(count)
-    return Report(rows=verdict(listen(commands, environments, seconds=seconds), expected))
+    hearing = listen(commands, environments, seconds=seconds)
+    return Report(rows=verdict(hearing, expected), said=hearing.said)
 
 
 def step_command(worker: Sequence[str], *, num_processes: int | None, nodes: int) -> list[str]:
@@ -165,11 +176,12 @@ def _free_port() -> int:
 
 @dataclass(kw_only=True)
 class Heard:
-    """What was heard of one process: its host and Slurm step, what it does last, its readings."""
+    """What was heard of one process: its host and Slurm step, what it did last, its readings."""
 
     host: str
     step: str
     doing: str = ""
+    joint: bool = False
     readings: list[Reading] = field(default_factory=list)
 
 
@@ -190,7 +202,8 @@ class Hearing:
         if found is None:
             return
         heard = self.processes.setdefault(found.rank, Heard(host=found.host, step=found.step))
-        heard.doing = found.doing or heard.doing
+        if found.doing:
+            heard.doing, heard.joint = found.doing, found.joint
         if found.reading is not None:
             heard.readings.append(found.reading)
 
@@ -212,7 +225,7 @@ def listen(
                 running.append(_start(command, environment, writing, said))
         finally:
             os.close(writing)
-        hearing.time_is_up = not _read(pipe, hearing, time.monotonic() + seconds + _GRACE)
+        hearing.time_is_up = not _read(pipe, hearing, time.monotonic() + seconds)
         _end(running, {heard.step for heard in hearing.processes.values() if heard.step})
         said.seek(0)
         hearing.said = said.read().decode(errors="replace")
@@ -263,15 +276,39 @@ def _end(running: Sequence[subprocess.Popen[bytes]], steps: Collection[str]) -> 
 
 
 def verdict(hearing: Hearing, expected: Sequence[str]) -> list[Row]:
-    """Return the rows: first of nodes that did not answer to the end, then of all readings."""
+    """Return the rows: first of nodes that did not answer to the end, then of all readings.
+
+    Raises:
+        UserError: if no process has said a word, and Slurm does not say which nodes are to blame.
+    """
+    lost = [host for found in _LOST.findall(hearing.said) for host in expand_hosts(found)]
+    if not hearing.processes and not lost:
+        said = " ".join(hearing.said.split())[-1000:] or "they said nothing"
+        raise UserError(f"the checks did not start on {', '.join(expected)}: {said}")
     processes = [hearing.processes[rank] for rank in sorted(hearing.processes)]
-    known = {heard.host for heard in processes}
-    rows = [_silence(host, "nothing was heard") for host in expected if host not in known]
-    how = "did not come to an end of" if hearing.time_is_up else "died of"
-    rows += [_silence(p.host, f"{how}: {p.doing}") for p in processes if p.doing != DONE]
+    rows = _silent(hearing, processes, expected, lost)
     readings = [(heard.host, reading) for heard in processes for reading in heard.readings]
-    return [*rows, *judge(readings, silent={row.host for row in rows})]
+    return [*rows, *judge(readings, silent=bad_hosts(rows))]
 
 
-def _silence(host: str, found: str) -> Row:
-    return Row(status="fail", check="answer", host=host, value=found)
+def _silent(
+    hearing: Hearing, processes: Sequence[Heard], expected: Sequence[str], lost: Sequence[str]
+) -> list[Row]:
+    """Return a row for each node that did not answer, or not to the end.
+
+    Not to blame is who waits for another that is missing, and whose step Slurm ends because it has
+    lost another node.
+    """
+    known = {heard.host for heard in processes}
+    how = "hangs in" if hearing.time_is_up else "died in"
+    late = [heard for heard in processes if heard.doing != DONE]
+    found = [(host, "Slurm has lost it") for host in lost]
+    found += [(host, "does not answer") for host in expected if host not in {*known, *lost}]
+    found += [(heard.host, f"{how}: {heard.doing}") for heard in late]
+    missing = {host for host in expected if host not in known}
+    missing |= {heard.host for heard in late if not heard.joint}
+    blamed = lost or missing or {heard.host for heard in late}
+    return [
+        Row(status="fail" if host in blamed else "warn", check="answer", host=host, value=value)
+        for host, value in dict.fromkeys(found)
+    ]

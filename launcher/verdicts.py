@@ -6,19 +6,15 @@ never told apart; what another node may be to blame for counts against nobody.
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.outliers import FEWEST, usual
 from trainer.readings import Reading
 
 Status = Literal["ok", "warn", "fail"]
-FEWEST = 3
-"""Readings among which one can stand out."""
-_DEVIATIONS = 5.0  # from the median, in robust standard deviations
-_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +80,10 @@ def _limits(reading: Reading, peers: list[Reading]) -> Iterator[tuple[float, str
         yield reading.limit, ""
     values = [float(peer.value) for peer in peers if not peer.error]
     if reading.share is not None and len(values) >= FEWEST:
-        median = statistics.median(values)
-        spread = _NORMAL * statistics.median(abs(value - median) for value in values)
-        # Nodes that are equal to a hair have no spread, and are not told apart by that hair.
-        distance = max(_DEVIATIONS * spread, reading.share * abs(median))
-        sign = -1 if reading.better == "high" else 1
-        yield median + sign * distance, f" (median {number(median)})"
+        median, distance = usual(values, share=reading.share)
+        limit = median - distance if reading.better == "high" else median + distance
+        if limit > 0:  # nodes that differ by all they have say nothing about one another
+            yield limit, f" (median {number(median)})"
 
 
 def bad_hosts(rows: Sequence[Row]) -> list[str]:

@@ -47,11 +47,12 @@ class Meeting:
         device: torch.device,
         host: str,
         *,
+        doors: float,
         seconds: float,
     ) -> None:
         self._config, self._device, self._seconds = config, device, seconds
-        self._store = _store(process, timeout=seconds / 4)
-        came = _meet(self._store, process, host, seconds=seconds / 2)
+        self._store = _store(process, doors)
+        came = _meet(self._store, process, host, doors=doors, slack=seconds / 8)
         names = [name for _, name in came]
         self._rank = [rank for rank, _ in came].index(process.rank)
         self._hosts = list(dict.fromkeys(names))
@@ -192,13 +193,13 @@ def ring(num_nodes: int) -> list[tuple[int, int, int]]:
     return sorted(links)
 
 
-def _store(process: Process, *, timeout: float) -> TCPStore:
+def _store(process: Process, doors: float) -> TCPStore:
     try:
         return TCPStore(
             process.address,
             process.port,
             is_master=process.rank == 0,
-            timeout=timedelta(seconds=timeout),
+            timeout=_until(doors),
             wait_for_workers=False,
         )
     except RuntimeError as error:
@@ -207,23 +208,29 @@ def _store(process: Process, *, timeout: float) -> TCPStore:
         ) from None
 
 
-def _meet(store: TCPStore, process: Process, host: str, *, seconds: float) -> list[tuple[int, str]]:
+def _until(moment: float) -> timedelta:
+    """Return the time until a moment of the monotonic clock, a second at the least."""
+    return timedelta(seconds=max(1.0, moment - time.monotonic()))
+
+
+def _meet(
+    store: TCPStore, process: Process, host: str, *, doors: float, slack: float
+) -> list[tuple[int, str]]:
     """Return (rank, host) of those who came in time, the same to all of them."""
     store.set(f"host/{process.rank}", host)
     if process.rank == 0:
-        came = _wait_for_all(store, process.world_size, seconds=seconds)
+        came = _wait_for_all(store, process.world_size, doors)
         store.set("came", json.dumps([(rank, store.get(f"host/{rank}").decode()) for rank in came]))
-    store.wait(["came"], timedelta(seconds=1.5 * seconds))
+    store.wait(["came"], _until(doors + slack))
     found = [(rank, name) for rank, name in json.loads(store.get("came"))]
     if process.rank not in dict(found):
         raise RuntimeError(f"rank {process.rank} came too late for the others")
     return found
 
 
-def _wait_for_all(store: TCPStore, world_size: int, *, seconds: float) -> list[int]:
-    deadline = time.monotonic() + seconds
+def _wait_for_all(store: TCPStore, world_size: int, doors: float) -> list[int]:
     came: set[int] = set()
-    while len(came) < world_size and time.monotonic() < deadline:
+    while len(came) < world_size and time.monotonic() < doors:
         missing = set(range(world_size)) - came
         came |= {rank for rank in missing if store.check([f"host/{rank}"])}
         time.sleep(_POLL)

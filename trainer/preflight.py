@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from launcher.process import Process
+from launcher.process import Process, node_name
 
 from .config import RunConfig
 from .readings import DONE, Message, Reading, failed
 
+_GRACE = 15.0  # seconds
 Check = Callable[[], Iterator[Reading]]
 
 
@@ -28,24 +30,24 @@ class Reporter:
     """
 
     def __init__(self, process: Process, environment: Mapping[str, str]) -> None:
-        self.host = node_name(environment)
+        self.host = node_name()
         self._rank = process.rank
         job, step = (environment.get(f"SLURM_{name}_ID", "") for name in ("JOB", "STEP"))
         self._step = f"{job}.{step}" if process.kind == "slurm" else ""
         self._output = os.dup(1)
         os.dup2(2, 1)
 
-    def doing(self, what: str) -> None:
+    def doing(self, what: str, *, joint: bool = False) -> None:
         """Say what is done from now on."""
-        self._say(Message(rank=self._rank, host=self.host, step=self._step, doing=what))
+        self._say(doing=what, joint=joint)
 
     def found(self, reading: Reading) -> None:
         """Hand over a reading."""
-        self._say(Message(rank=self._rank, host=self.host, step=self._step, reading=reading))
+        self._say(reading=reading)
 
     def run(self, name: str, check: Check, *, joint: bool = False) -> bool:
         """Make one check, report what it finds, an exception included, and return if it ended."""
-        self.doing(name)
+        self.doing(name, joint=joint)
         try:
             for reading in check():
                 self.found(reading)
@@ -54,13 +56,9 @@ class Reporter:
             return False
         return True
 
-    def _say(self, message: Message) -> None:
-        os.write(self._output, message.line())  # at once and whole, past any buffer
-
-
-def node_name(environment: Mapping[str, str]) -> str:
-    """Return this machine's name, the one Slurm knows it by if there is one."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+    def _say(self, **content: Any) -> None:
+        said = Message(rank=self._rank, host=self.host, step=self._step, **content)
+        os.write(self._output, said.line())  # at once and whole, past any buffer
 
 
 def main() -> int:
@@ -69,23 +67,27 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="the run's configuration as JSON")
     parser.add_argument("--seconds", type=float, required=True, help="time for everything")
     options = parser.parse_args()
-    config, process = (
-        RunConfig.from_json(options.config),
-        Process.from_environment(os.environ),
-    )
-    # A check that hangs in a library, or in the kernel, cannot be interrupted otherwise.
-    timer = threading.Timer(options.seconds, os._exit, [1])
+    config = RunConfig.from_json(options.config)
+    process = Process.from_environment(os.environ)
+    # The launcher ends what hangs, unless it is gone itself.
+    timer = threading.Timer(options.seconds + _GRACE, os._exit, [1])
     timer.daemon = True
     timer.start()
+    started = time.monotonic()
     reporter = Reporter(process, os.environ)
     reporter.doing("importing torch")
-    _check(reporter, config, process, seconds=options.seconds)
+    _check(reporter, config, process, doors=started + options.seconds / 2, seconds=options.seconds)
     reporter.doing(DONE)
     return 0
 
 
-def _check(reporter: Reporter, config: RunConfig, process: Process, *, seconds: float) -> None:
-    """Check the node, if this is its first process, then the device, then the network."""
+def _check(
+    reporter: Reporter, config: RunConfig, process: Process, *, doors: float, seconds: float
+) -> None:
+    """Check the node, if this is its first process, then the device, then the network.
+
+    The joint checks begin at `doors` (of the monotonic clock) without those that are not there.
+    """
     from .device_checks import Device, device_kind
     from .link_checks import Meeting
     from .node_checks import checkpoint_bytes, folders, machine, sketch, versions
@@ -106,9 +108,11 @@ def _check(reporter: Reporter, config: RunConfig, process: Process, *, seconds: 
         reporter.run(name, check)
     if process.world_size == 1:
         return
-    reporter.doing("meeting the others")
+    reporter.doing("meeting the others", joint=True)
     try:
-        meeting = Meeting(config, process, device.device, reporter.host, seconds=seconds)
+        meeting = Meeting(
+            config, process, device.device, reporter.host, doors=doors, seconds=seconds
+        )
     except Exception as error:
         reporter.found(failed("network", error, joint=True))
         return

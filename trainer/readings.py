@@ -42,13 +42,15 @@ class Reading:
 class Message:
     """What one process says: what it is `doing` from now on, or a reading.
 
-    `step` is the Slurm step it belongs to, such as 12.0, if any.
+    `step` is the Slurm step it belongs to, such as 12.0, if any. `joint` says that what it does
+    takes the others too, so that one of them may be to blame if it never ends.
     """
 
     rank: int
     host: str
     step: str = ""
     doing: str = ""
+    joint: bool = False
     reading: Reading | None = None
 
     def line(self) -> bytes:
