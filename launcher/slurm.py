@@ -17,9 +17,14 @@ from .process import expand_hosts
 
 PATIENCE = 60.0
 """Seconds after which a command that a busy controller does not answer has failed."""
+_UNREACHABLE = re.compile("contact slurm controller|timed out|Connection refused", re.IGNORECASE)
 _SEPARATOR = "\x1f"
 # Not --json: its form is another one in every release of Slurm.
 _FORMAT = _SEPARATOR.join(["%A", "%j", "%T", "%r", "%N", "%x", "%L", "%o"])
+
+
+class Unreachable(UserError):
+    """Slurm's controller does not answer: it may be being restarted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,7 @@ def run(argv: Sequence[str]) -> str:
     """Run a command of Slurm and return what it prints.
 
     Raises:
+        Unreachable: if the controller does not answer.
         UserError: if there is no such command here, or if it fails, in its own words.
     """
     try:
@@ -68,12 +74,13 @@ def run(argv: Sequence[str]) -> str:
             f"{argv[0]} is not on this machine: Slurm's commands are needed, as on a login node"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(
+        raise Unreachable(
             f"{argv[0]} did not answer for {PATIENCE:.0f} seconds: is Slurm's controller up?"
         ) from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise UserError(f"{argv[0]} failed: {said}")
+        kind = Unreachable if _UNREACHABLE.search(said) else UserError
+        raise kind(f"{argv[0]} failed: {said}")
     return done.stdout
 
 
