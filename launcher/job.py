@@ -22,7 +22,7 @@ from types import FrameType
 from trainer.config import RunConfig, UserError, override
 from trainer.recipes import recipe
 
-from . import rundir, slurm
+from . import container, rundir, slurm
 from .local import python_environment
 from .process import REQUEUE, STOPPED, Failure, born, expand_hosts, failure_file
 from .starts import Start, Starts
@@ -172,31 +172,10 @@ class Step:
 
 
 def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]:
-    """Return the command that runs a worker in every task of the job.
-
-    `image` names a container to run them in: an Apptainer file (.sif), or whatever Slurm's Pyxis
-    plugin takes. It sees the run folder and the folders of the data, and brings its own Python.
-    """
+    """Return the command that runs a worker in every task of the job, in a container if named."""
     srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--export=ALL"]
-    worker = ["-m", "trainer", "--config", str(run_dir / "config.json")]
-    if not image:
-        return [*srun, sys.executable, *worker]
-    mounts = _folders(config, run_dir)
-    if image.endswith(".sif"):
-        binds = [f"--bind={folder}" for folder in mounts]
-        return [*srun, "apptainer", "exec", "--nv", *binds, image, "python3", *worker]
-    inside = ",".join(f"{folder}:{folder}" for folder in mounts)
-    options = [f"--container-image={image}", f"--container-mounts={inside}"]
-    return [*srun, *options, "python3", *worker]
-
-
-def _folders(config: RunConfig, run_dir: Path) -> list[str]:
-    """Return the folders that the workers of a run read or write."""
-    data, local_dir = config.data, config.checkpoint.local_dir
-    named = [data.train, data.val] if data.source != "synthetic" else []
-    named = [folder for folder in named if "://" not in folder]
-    named += filter(None, [data.cache_dir, local_dir])
-    return [str(run_dir), *map(os.path.abspath, named)]
+    python = container.python(image, container.folders(config, run_dir))
+    return [*srun, *python, "-m", "trainer", "--config", str(run_dir / "config.json")]
 
 
 def _conclude(starts: Starts, start: Start, status: int, *, asked: Sequence[signal.Signals]) -> int:

@@ -27,7 +27,7 @@ from typing import IO
 from trainer.config import RunConfig, UserError
 from trainer.readings import DONE, Reading, message
 
-from . import slurm
+from . import container, slurm
 from .local import num_gpus, python_environment, worker_environment
 from .process import Process, expand_hosts, node_name
 from .rundir import CODE
@@ -63,6 +63,11 @@ class Report:
     said: str
 
     @property
+    def hosts(self) -> list[str]:
+        """All nodes."""
+        return list(dict.fromkeys(row.host for row in self.rows))
+
+    @property
     def bad(self) -> list[str]:
         """The nodes that failed a check."""
         return bad_hosts(self.rows)
@@ -72,12 +77,11 @@ class Report:
 
         Where processes did not come to their end, what was said last comes before it.
         """
-        hosts = dict.fromkeys(row.host for row in self.rows)
         silent = any(row.check == "answer" for row in self.rows)
         said = [f"| {line}" for line in self.said.splitlines()[-20:]] if silent else []
         last = f"bad nodes: --exclude={','.join(self.bad)}"
         if not self.bad:
-            last = "1 node is fit" if len(hosts) == 1 else f"{len(hosts)} nodes are fit"
+            last = "1 node is fit" if len(self.hosts) == 1 else f"{len(self.hosts)} nodes are fit"
         return "\n".join([*said, table(self.rows), last])
 
     def to_json(self) -> str:
@@ -94,11 +98,20 @@ def check(run_dir: Path, config: RunConfig) -> list[str]:
     """Check the nodes of this job for a run, print the table and return the bad nodes by name.
 
     All rows are left in RUN/logs/preflight.json.
+
+    Raises:
+        UserError: if the checks cannot be started, or if each of several nodes fails them: that is
+            the fault of none, and others would fail as well.
     """
     report = examine(dataclasses.replace(config, run_dir=str(run_dir)))
     with contextlib.suppress(OSError):  # a full disk is among the rows
         (run_dir / "logs" / "preflight.json").write_text(report.to_json())
     print(report, flush=True)
+    if 1 < len(report.hosts) == len(report.bad):
+        raise UserError(
+            f"all {len(report.bad)} nodes fail their checks (see above): mend what they have in "
+            "common, or leave the checks out by --no-cluster.preflight"
+        )
     return report.bad
 
 
@@ -131,30 +144,39 @@ def examine(
         raise UserError("foveate preflight starts its processes itself: run it once, without srun")
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--nproc is {num_processes}: give at least 1")
-    worker = [
-        *(sys.executable, "-m", "trainer.preflight"),
-        *("--config", config.to_json(), "--seconds", str(seconds)),
-    ]
+    if not seconds > 0:
+        raise UserError(f"--seconds is {seconds}: give more than 0")
+    worker = ["-m", "trainer.preflight", "--config", config.to_json(), "--seconds", str(seconds)]
     if in_job:
         expected = expand_hosts(os.environ["SLURM_JOB_NODELIST"])
-        commands = [step_command(worker, num_processes=num_processes, nodes=len(expected))]
+        python = container.python(os.environ.get("FOVEATE_CONTAINER", ""), _folders(config))
+        layout = _layout(num_processes, nodes=len(expected))
+        # A process that dies must not end the others: they have something to say.
+        srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--export=ALL", *layout]
+        commands = [[*srun, *python, *worker]]
         environments = [python_environment(CODE)]
     else:
         count = num_processes or max(1, num_gpus())
         expected = [node_name()]
-        commands = [worker] * count
+        commands = [[sys.executable, *worker]] * count
         environments = _places(count)
     hearing = listen(commands, environments, seconds=seconds)
     return Report(rows=verdict(hearing, expected), said=hearing.said)
 
 
-def step_command(worker: Sequence[str], *, num_processes: int | None, nodes: int) -> list[str]:
-    """Return the srun command that runs `worker` on all nodes, laid out as the job's own steps."""
-    layout = []
-    if num_processes is not None:
-        layout = [f"--ntasks-per-node={num_processes}", f"--ntasks={nodes * num_processes}"]
-    # One process that dies must not end the others: they have something to say.
-    return ["srun", "--kill-on-bad-exit=0", "--wait=0", "--no-kill", *layout, *worker]
+def _layout(num_processes: int | None, *, nodes: int) -> list[str]:
+    """Return srun's options for so many processes per node; by default the job's tasks count."""
+    if num_processes is None:
+        return []
+    return [f"--ntasks-per-node={num_processes}", f"--ntasks={nodes * num_processes}"]
+
+
+def _folders(config: RunConfig) -> list[str]:
+    """Return what a container has to see: the run's folders, as far as they exist, and the code."""
+    run_dir = Path(config.run_dir)
+    above = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    named = [folder for folder in container.folders(config, above) if Path(folder).is_dir()]
+    return list(dict.fromkeys([*named, str(CODE)]))
 
 
 def _places(count: int) -> list[dict[str, str]]:

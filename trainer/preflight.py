@@ -92,7 +92,11 @@ def _check(
     from .link_checks import Meeting
     from .node_checks import checkpoint_bytes, folders, machine, sketch, versions
 
-    model = sketch(config.model)
+    try:
+        model = sketch(config.model)
+    except Exception as error:
+        reporter.found(failed("model", error))
+        return
     if process.local_rank == 0:
         reporter.run("device", device_kind)
         reporter.run("versions", versions)
