@@ -24,7 +24,7 @@ TINY = (
     "--train.batch-size", str(BATCH), "--train.epochs", str(EPOCHS), "--train.precision", "fp32",
     "--optim.warmup-epochs", "1", "--eval.every-epochs", "4", "--backend.name", "fsdp",
     "--checkpoint.every", "5", "--checkpoint.keep-last", "9",
-    "--log.every", "1", "--log.images", "0",
+    "--log.every", "1", "--log.images", "0", "--no-cluster.preflight",
 )  # fmt: skip
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
 """What makes a script's nodes so small that one process runs on each, without a GPU."""
