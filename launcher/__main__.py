@@ -25,9 +25,11 @@ usage: foveate COMMAND ...
 commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
   preflight         check the nodes of a job, or this machine, before a run
+  submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
+  runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
   export RUN        write a finished run as a bundle for another library
   ckpt              list, verify, compare and remove the checkpoints of a run
-  data              fetch, pack, index and verify data sets; show, bench and doctor what runs see
+  data              fetch, pack, index, verify data sets; check, show, bench, doctor what runs see
   replay RUN        make one step of a run again, and name the tensor that went bad
   demo              pretrain on CIFAR-10 in minutes, crash, resume and export
 
@@ -61,6 +63,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
         "preflight": preflight,
+        "submit": submit,
+        "runs": runs,
         "export": lambda rest: python_module("trainer.export", rest),
         "ckpt": checkpoints,
         "data": data,
@@ -170,6 +174,45 @@ def preflight(arguments: list[str]) -> int:
     )
 
 
+def submit(arguments: list[str]) -> int:
+    """Put a recipe with its overrides into Slurm's queue."""
+    from . import submit as command
+    from .resources import Resources
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(command.USAGE, end="")
+        return 0
+    parser = _Parser(prog="foveate submit RECIPE", add_help=False, allow_abbrev=False)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--ntasks-per-node", type=int)
+    parser.add_argument("--cpus-per-task", type=int)
+    for name in ("time", "partition", "account", "qos", "mem", "constraint"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--sbatch", action="append", default=[])
+    parser.add_argument("--chain", type=int, default=1)
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--dry-run", action="store_true")
+    options, overrides = parser.parse_known_args(arguments[1:])
+    how = {name: vars(options).pop(name) for name in ("chain", "sweep", "dry_run")}
+    resources = Resources(**vars(options))
+    return command.submit([arguments[0], *overrides], resources, **how)
+
+
+def runs(arguments: list[str]) -> int:
+    """List the runs below a folder."""
+    from .runs import show
+
+    parser = _Parser(prog="foveate runs", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("--json", action="store_true", help="print the runs as JSON")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit:  # after --help
+        return 0
+    return show(options.folder, as_json=options.json)
+
+
 def checkpoints(arguments: list[str]) -> int:
     """Look at the checkpoints of a run, or remove some."""
     from . import checkpoints as commands
@@ -203,7 +246,7 @@ def checkpoints(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """Make data sets ready, or look at them as a run does."""
-    looks = arguments[:1] in (["show"], ["bench"], ["doctor"])
+    looks = arguments[:1] in (["check"], ["show"], ["bench"], ["doctor"])
     return python_module("trainer.data_tools" if looks else "data", arguments)
 
 

@@ -245,6 +245,9 @@ def _queue_again(starts: Starts, start: Start, end: End) -> int:
             if job is None or job.state != "RUNNING":
                 print("the job is being ended from outside: it is not queued again", flush=True)
                 return end.code
+            if not slurm.may_requeue(start.job):
+                print("the job may not be queued again: the next of a chain goes on", flush=True)
+                return end.code
             avoiding = f", without {', '.join(end.without)}" if end.without else ""
             print(f"job {start.job} is queued again{avoiding}", flush=True)
             slurm.requeue(start.job, without=end.without)

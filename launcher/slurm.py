@@ -20,7 +20,7 @@ PATIENCE = 60.0
 _UNREACHABLE = re.compile("contact slurm controller|timed out|Connection refused", re.IGNORECASE)
 _SEPARATOR = "\x1f"
 # Not --json: its form is another one in every release of Slurm.
-_FORMAT = _SEPARATOR.join(["%A", "%j", "%T", "%r", "%N", "%x", "%L", "%o"])
+_FORMAT = _SEPARATOR.join(["%A", "%K", "%j", "%T", "%r", "%N", "%x", "%L", "%o"])
 
 
 class Unreachable(UserError):
@@ -32,10 +32,12 @@ class Job:
     """A job in the words of `squeue`.
 
     `state` is one of RUNNING, PENDING, COMPLETING, COMPLETED, CANCELLED and so on; `command` the
-    script with its arguments; `seconds_left` is None where no limit is set.
+    script with its arguments; `array_task` the number of a job in its array, None outside of one;
+    `seconds_left` is None where no limit is set.
     """
 
     id: int
+    array_task: int | None
     name: str
     state: str
     reason: str
@@ -47,9 +49,10 @@ class Job:
     @classmethod
     def parse(cls, line: str) -> Job:
         """Read a line of squeue, in the columns that this module asks for."""
-        job_id, name, state, reason, nodes, excluded, left, command = line.split(_SEPARATOR)
+        job_id, task, name, state, reason, nodes, excluded, left, command = line.split(_SEPARATOR)
         return cls(
             id=int(job_id),
+            array_task=int(task) if task.isdecimal() else None,
             name=name,
             state=state,
             reason=reason,
@@ -101,12 +104,17 @@ def queue(*, job_ids: Sequence[int] = ()) -> list[Job]:
     if job_ids:
         which = ["--states=all", f"--jobs={','.join(map(str, job_ids))}"]
     try:
-        lines = run(["squeue", "--noheader", f"--format={_FORMAT}", *which]).splitlines()
+        lines = run(["squeue", "--noheader", "--array", f"--format={_FORMAT}", *which]).splitlines()
     except UserError as error:
         if job_ids and "Invalid job id" in str(error):  # ended long ago
             return []
         raise
     return [Job.parse(line) for line in lines]
+
+
+def may_requeue(job_id: int) -> bool:
+    """Return whether a job may be queued again, which --no-requeue or a site can forbid."""
+    return run(["squeue", "--noheader", f"--jobs={job_id}", "--Format=Requeue"]).strip() != "0"
 
 
 def requeue(job_id: int, *, without: Sequence[str] = ()) -> None:

@@ -56,6 +56,13 @@ def test_a_requeued_job_runs_elsewhere(cluster, here):
     slurm.cancel(job_id)
 
 
+def test_what_a_job_says_of_requeueing_is_known(cluster, here):
+    for option, may in (("--requeue", True), ("--no-requeue", False)):
+        job_id = slurm.submit([option, "--hold", str(script(here))])
+        assert slurm.may_requeue(job_id) is may
+        slurm.cancel(job_id)
+
+
 def test_a_job_that_slurm_does_not_know_is_none(here):
     assert slurm.job(99_999_999) is None
 
@@ -74,8 +81,10 @@ def test_a_machine_without_slurm_is_told_so(monkeypatch, tmp_path):
 
 
 def test_a_line_of_a_queued_job_is_read():
-    line = "\x1f".join(["7", "n", "PENDING", "BeginTime", "", "x[1-2]", "UNLIMITED", "(null)"])
+    line = "\x1f".join(
+        ["7", "N/A", "n", "PENDING", "BeginTime", "", "x[1-2]", "UNLIMITED", "(null)"]
+    )
     assert Job.parse(line) == Job(
-        id=7, name="n", state="PENDING", reason="BeginTime", nodes=(), excluded=("x1", "x2"),
-        seconds_left=None, command="(null)",
+        id=7, array_task=None, name="n", state="PENDING", reason="BeginTime", nodes=(),
+        excluded=("x1", "x2"), seconds_left=None, command="(null)",
     )  # fmt: skip
