@@ -53,7 +53,7 @@ class Meeting:
         self._config, self._device, self._seconds = config, device, seconds
         self._store = _store(process, doors)
         came = _meet(self._store, process, host, doors=doors, slack=seconds / 8)
-        names = [name for _, name in came]
+        self._names = names = [name for _, name in came]
         self._rank = [rank for rank, _ in came].index(process.rank)
         self._hosts = list(dict.fromkeys(names))
         self._leaders = [names.index(name) for name in self._hosts]
@@ -81,25 +81,25 @@ class Meeting:
 
         A link that is slow could be either end's fault; a node is slow by the better of its two.
         """
-        if self._rank not in self._leaders:
-            return
         rates, errors = [], []
-        own = self._leaders.index(self._rank)
-        for turn, first, second in ring(len(self._hosts)):
-            if own not in (first, second):
+        for turn, links in enumerate(ring(len(self._hosts))):
+            pairs = [(self._leaders[first], self._leaders[second]) for first, second in links]
+            pair = next((pair for pair in pairs if self._rank in pair), None)
+            if pair is None:
+                # torch names a group after how many its process has made: all make equally many.
+                dist.new_group([self._rank], use_local_synchronization=True)
                 continue
-            other = self._hosts[second if own == first else first]
-            pair = [self._leaders[first], self._leaders[second]]
+            other = self._names[pair[pair[0] == self._rank]]
             # Who waited in vain comes late to its next pair, which has to wait longer.
             limit = self._seconds / 24 * (turn + 1)
             try:
-                rate = self._bandwidth(pair, seconds=limit)
+                rate = self._bandwidth(list(pair), seconds=limit)
             except RuntimeError as error:
                 said = failed("link", error, joint=True).error
                 errors.append(f"no link to {other}: {said}")
                 continue
             rates.append(rate)
-            if own == first:
+            if self._rank == pair[0]:
                 yield Reading(
                     check="link", where=f"to {other}", value=rate, unit="GB/s", share=0.5,
                     worst="warn",
@@ -183,14 +183,14 @@ class Meeting:
         dist.all_reduce(torch.zeros(1))  # between CPUs: NCCL's would leave the host ahead
 
 
-def ring(num_nodes: int) -> list[tuple[int, int, int]]:
-    """Return (turn, node, next node) for each link of a ring; links of a turn share no node."""
+def ring(num_nodes: int) -> list[list[tuple[int, int]]]:
+    """Return the links (node, next node) of a ring by turns; links of a turn share no node."""
     if num_nodes < 3:
-        return [(0, 0, 1)] if num_nodes == 2 else []
-    links = [(node % 2, node, (node + 1) % num_nodes) for node in range(num_nodes)]
-    if num_nodes % 2:
-        links[-1] = (2, num_nodes - 1, 0)
-    return sorted(links)
+        return [[(0, 1)]] if num_nodes == 2 else []
+    links = [(node, (node + 1) % num_nodes) for node in range(num_nodes)]
+    even = num_nodes - num_nodes % 2
+    turns = [links[0:even:2], links[1:even:2], links[even:]]
+    return [turn for turn in turns if turn]
 
 
 def _store(process: Process, doors: float) -> TCPStore:

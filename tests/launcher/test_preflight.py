@@ -10,7 +10,7 @@ import textwrap
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.container import python
@@ -26,14 +26,15 @@ from trainer.recipes import recipe
 PATIENCE = 600
 
 
-def rates(values, **settings):
-    settings = {"check": "matrix product", "share": 0.2} | settings
-    return [(f"n{i}", Reading(value=v, **settings)) for i, v in enumerate(values)]
+def rates(values, **judged_by):
+    judged_by = {"check": "matrix product", "share": 0.2} | judged_by
+    return [(f"n{i}", Reading(value=v, **judged_by)) for i, v in enumerate(values)]
 
 
 # Verdicts.
 
 
+@settings(deadline=None)
 @given(
     value=st.floats(1e-3, 1e6),
     num_nodes=st.integers(3, 40),
@@ -50,6 +51,7 @@ def test_one_outlier_among_equal_nodes_is_always_named(value, num_nodes, share, 
     assert bad_hosts(rows) == [f"n{odd}"]
 
 
+@settings(deadline=None)
 @given(
     value=st.floats(1e-3, 1e6),
     share=st.floats(0.05, 0.9),
@@ -64,11 +66,13 @@ def test_nodes_that_are_equal_but_for_noise_are_never_named(value, share, better
         assert {row.status for row in rows} == {"ok"}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=2), st.floats(0.05, 0.9))
 def test_two_nodes_are_not_held_against_each_other(values, share):
     assert {row.status for row in judge(rates(values, share=share))} == {"ok"}
 
 
+@settings(deadline=None)
 @given(num_nodes=st.integers(2, 30), data=st.data())
 def test_a_node_with_another_version_is_named_and_equal_ones_are_not(num_nodes, data):
     def found(versions):
@@ -139,7 +143,7 @@ def test_the_report_gives_slurms_option_in_its_last_line_and_in_json():
 
 WORKER = """
 import os, signal, sys, time
-from trainer.readings import Message, Reading
+from trainer.readings import DONE, Message, Reading
 
 rank = int(os.environ["RANK"])
 
@@ -164,10 +168,10 @@ def silent(hearing, expected):
 def test_readings_of_all_processes_arrive_amid_what_libraries_print():
     hearing = hear(
         """
-        print("[W123] a library has something to say", flush=True)
+        os.write(1, b"[W123] a library has something to say\\n")
         for i in range(200):
             say(reading=Reading(check=f"check {i}", value=float(i), error="x" * 400))
-        print('{"json": "but no message"}', flush=True)
+        os.write(1, b'{"json": "but no message"}\\n')
         say(doing=DONE)
         """,
         count=4,
@@ -284,7 +288,9 @@ def test_a_folder_that_takes_no_checkpoint_makes_the_node_bad(tmp_path, options,
     disk.mkdir()
     mount = f'mount -t tmpfs -o {options} tmpfs "$0" && exec "$@"'
     within = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(disk)]
-    done = foveate(*SMALL, "--run-dir", disk / "run", folder=tmp_path, within=within)
+    done = foveate(
+        *SMALL, "--run-dir", disk / "run", "--seconds", 400, folder=tmp_path, within=within
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     *_, last = done.stdout.splitlines()
     assert last == f"bad nodes: --exclude={node_name()}"
