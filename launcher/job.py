@@ -31,6 +31,8 @@ AGAIN = 2.0
 """Seconds between two signals: one that comes before the workers are ready for it is lost."""
 CONTROLLER = 600.0
 """Seconds to wait for a controller that is restarted."""
+ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask for a stop."""
 USER_ERROR, BAD_NODE, BAD_NUMERICS = 2, 76, 77
 FINAL = (USER_ERROR, BAD_NUMERICS, STOPPED)
 """Exit codes after which another start would end in the same way."""
@@ -71,6 +73,7 @@ class Allocation:
 
 def main() -> int:
     """Drive one start of a job's run and return its exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # until they are noted, by the frozen driver
     try:
         return drive(sys.argv[1:])
     except UserError as error:
@@ -86,6 +89,7 @@ def drive(arguments: Sequence[str]) -> int:
     """
     config = _config(arguments)
     go_on_with_frozen_code(Path(config.run_dir) / "code")
+    asked = note_signals()
     moments = [("job", born()), ("driver", time.time())]
     allocation = Allocation.from_environment(os.environ)
     config.check_world(allocation.tasks)
@@ -106,7 +110,6 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    asked = note_signals()
     if config.cluster.preflight and (bad := preflight.check(run_dir, config)):
         return _avoid(starts, start, bad)
     moments += [("preflight", time.time())]
@@ -135,8 +138,9 @@ def note_signals() -> list[signal.Signals]:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(signal.Signals(number))
 
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ASKING:
         signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     return asked
 
 
