@@ -138,8 +138,11 @@ class Starts:
         return [start for start in last if ((start.job, start.restart) in ends) is has_ended]
 
     def _append(self, values: dict[str, Any]) -> None:
-        with self._file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._file} cannot be written: {error.strerror}") from None
 
 
 def newest_step(run_dir: Path) -> int:
