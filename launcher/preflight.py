@@ -110,7 +110,7 @@ def check(run_dir: Path, config: RunConfig) -> list[str]:
     if 1 < len(report.hosts) == len(report.bad):
         raise UserError(
             f"all {len(report.bad)} nodes fail their checks (see above): mend what they have in "
-            "common, or leave the checks out by --no-cluster.preflight"
+            "common, or leave the checks out by --cluster.no-preflight"
         )
     return report.bad
 
