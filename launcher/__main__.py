@@ -24,6 +24,7 @@ usage: foveate COMMAND ...
 
 commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
+  preflight         check the nodes of a job, or this machine, before a run
   submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
   runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
   export RUN        write a finished run as a bundle for another library
@@ -34,6 +35,9 @@ commands:
 
 foveate COMMAND --help says more.
 """
+
+
+_USUAL = "transnext_base"  # the recipe whose shapes nodes are checked with if none is named
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +62,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
+        "preflight": preflight,
         "submit": submit,
         "runs": runs,
         "export": lambda rest: python_module("trainer.export", rest),
@@ -136,6 +141,37 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     os.environ["FOVEATE_STARTED"] = f"launcher={born():.2f},folder={time.time():.2f}"
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)
+
+
+def preflight(arguments: list[str]) -> int:
+    """Check the nodes of this job, or this machine, for a run."""
+    from trainer.config import RunConfig, override
+    from trainer.recipes import recipe
+
+    from . import preflight as checks
+    from . import rundir
+
+    if {"-h", "--help"} & set(arguments):
+        print(checks.USAGE, end="")
+        return 0
+    parser = _Parser(prog="foveate preflight", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--seconds", type=float, default=checks.SECONDS)
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    options, overrides = parser.parse_known_args(arguments[len(named) :])
+    if options.config is not None and named:
+        raise UserError(f"give --config or a recipe, not both: {options.config} and {named[0]}")
+    config = RunConfig.read(options.config) if options.config else recipe(*named or [_USUAL])
+    if overrides:
+        config = override(config, overrides)
+    return checks.run(
+        rundir.absolute(config),
+        num_processes=options.nproc,
+        seconds=options.seconds,
+        file=options.json,
+    )
 
 
 def submit(arguments: list[str]) -> int:

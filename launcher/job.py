@@ -22,15 +22,17 @@ from types import FrameType
 from trainer.config import RunConfig, UserError, override
 from trainer.recipes import recipe
 
-from . import rundir, slurm
+from . import container, preflight, rundir, slurm
 from .local import python_environment
 from .process import REQUEUE, STOPPED, Failure, born, expand_hosts, failure_file
-from .starts import Start, Starts
+from .starts import End, Start, Starts
 
 AGAIN = 2.0
 """Seconds between two signals: one that comes before the workers are ready for it is lost."""
 CONTROLLER = 600.0
 """Seconds to wait for a controller that is restarted."""
+ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask for a stop."""
 USER_ERROR, BAD_NODE, BAD_NUMERICS = 2, 76, 77
 FINAL = (USER_ERROR, BAD_NUMERICS, STOPPED)
 """Exit codes after which another start would end in the same way."""
@@ -71,6 +73,7 @@ class Allocation:
 
 def main() -> int:
     """Drive one start of a job's run and return its exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # until they are noted, by the frozen driver
     try:
         return drive(sys.argv[1:])
     except UserError as error:
@@ -86,6 +89,7 @@ def drive(arguments: Sequence[str]) -> int:
     """
     config = _config(arguments)
     go_on_with_frozen_code(Path(config.run_dir) / "code")
+    asked = note_signals()
     moments = [("job", born()), ("driver", time.time())]
     allocation = Allocation.from_environment(os.environ)
     config.check_world(allocation.tasks)
@@ -106,9 +110,11 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    step = Step(config, run_dir, start, moments=moments)
-    status = step.run()
-    return _conclude(starts, start, status, asked=step.asked)
+    if config.cluster.preflight and (bad := preflight.check(run_dir, config)):
+        return _avoid(starts, start, bad)
+    moments += [("preflight", time.time())]
+    status = Step(config, run_dir, start, asked=asked, moments=moments).run()
+    return _conclude(starts, start, status, asked=asked)
 
 
 def _config(arguments: Sequence[str]) -> RunConfig:
@@ -125,8 +131,21 @@ def go_on_with_frozen_code(code: Path) -> None:
         os.execve(sys.executable, command, python_environment(code))
 
 
+def note_signals() -> list[signal.Signals]:
+    """Let the signals that ask for a stop be noted in the list that is returned."""
+    asked: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+
+    for number in ASKING:
+        signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+    return asked
+
+
 class Step:
-    """The workers of one start, under srun. `asked` lists the signals that asked for their stop."""
+    """The workers of one start, under srun. `asked` fills with signals that ask for their stop."""
 
     def __init__(
         self,
@@ -134,9 +153,10 @@ class Step:
         run_dir: Path,
         start: Start,
         *,
+        asked: Sequence[signal.Signals],
         moments: Sequence[tuple[str, float]],
     ) -> None:
-        self.asked: list[signal.Signals] = []
+        self.asked = asked
         self._job_id = start.job
         self._command = [
             *("srun", f"--nodes={len(start.nodes)}", f"--ntasks={start.processes}"),
@@ -150,8 +170,8 @@ class Step:
 
     def run(self) -> int:
         """Start the workers, hand signals on until all have ended, and return srun's status."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._note)
+        if self.asked:
+            return REQUEUE
         self._say_when_the_job_ends()
         process = subprocess.Popen(self._command, env=self._environment, stdin=subprocess.DEVNULL)
         while True:
@@ -160,9 +180,6 @@ class Step:
             if self.asked:
                 with contextlib.suppress(UserError):  # the workers may have ended
                     slurm.send_signal(self._job_id, "USR1")
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked.append(signal.Signals(number))
 
     def _say_when_the_job_ends(self) -> None:
         """Tell the workers what they have to be through with a last save by; new Slurms do it."""
@@ -174,30 +191,17 @@ class Step:
 
 
 def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]:
-    """Return what srun runs in every task, and before it what it is told of a container.
-
-    `image` names one to run the workers in: an Apptainer file (.sif), or whatever Slurm's Pyxis
-    plugin takes; empty is none. It sees the folders of the run and of its data, and brings its own
-    Python.
-    """
-    worker = ["-m", "trainer", "--config", str(run_dir / "config.json")]
-    if not image:
-        return [sys.executable, *worker]
-    mounts = _folders(config, run_dir)
-    if image.endswith(".sif"):
-        binds = [f"--bind={folder}" for folder in mounts]
-        return ["apptainer", "exec", "--nv", *binds, image, "python3", *worker]
-    inside = ",".join(f"{folder}:{folder}" for folder in mounts)
-    return [f"--container-image={image}", f"--container-mounts={inside}", "python3", *worker]
+    """Return what srun runs in every task, in a container if one is named."""
+    python = container.python(image, container.folders(config, run_dir))
+    return [*python, "-m", "trainer", "--config", str(run_dir / "config.json")]
 
 
-def _folders(config: RunConfig, run_dir: Path) -> list[str]:
-    """Return the folders that the workers of a run read or write."""
-    data, local_dir = config.data, config.checkpoint.local_dir
-    named = [data.train, data.val] if data.source != "synthetic" else []
-    named = [folder for folder in named if "://" not in folder]
-    named += filter(None, [data.cache_dir, local_dir])
-    return [str(run_dir), *map(os.path.abspath, named)]
+def _avoid(starts: Starts, start: Start, bad: Sequence[str]) -> int:
+    """Queue the job again without nodes that failed their checks; return the exit code."""
+    why = f"error: the checks of {', '.join(bad)} failed"
+    end = starts.end(start, code=BAD_NODE, why=why, without=bad)
+    print(why, file=sys.stderr, flush=True)
+    return _queue_again(starts, start, end)
 
 
 def _conclude(starts: Starts, start: Start, status: int, *, asked: Sequence[signal.Signals]) -> int:
@@ -207,22 +211,15 @@ def _conclude(starts: Starts, start: Start, status: int, *, asked: Sequence[sign
         return status
     failure = Failure.read(starts.run_dir)
     code, why = _cause(status, failure, starts.run_dir / "logs")
-    end = starts.end(start, code=code, why=why)
+    bad = failure.node.split(",") if failure and failure.node and code == BAD_NODE else []
+    end = starts.end(start, code=code, why=why, without=bad)
     print(why, file=sys.stderr if code else sys.stdout, flush=True)
     if code == 0 or code in FINAL:
         return code
     if signal.SIGTERM in asked or signal.SIGINT in asked:
         print("the job was cancelled, or Slurm queues it again by itself", flush=True)
         return code
-    if starts.has_failed_enough(end):
-        print(
-            f"error: the last starts of job {start.job} saved nothing beyond step {end.step}, so "
-            f"it is not queued again: see {starts.run_dir / 'logs'}, then submit it again",
-            file=sys.stderr,
-        )
-        return code
-    bad = failure.node.split(",") if failure and failure.node and code == BAD_NODE else []
-    return _queue_again(start, code, without=bad)
+    return _queue_again(starts, start, end)
 
 
 def _cause(status: int, failure: Failure | None, logs: Path) -> tuple[int, str]:
@@ -231,24 +228,33 @@ def _cause(status: int, failure: Failure | None, logs: Path) -> tuple[int, str]:
         return 0, "complete"
     if failure is not None:
         return failure.code, failure.said
+    if status == REQUEUE:
+        return REQUEUE, "stopped: a signal came before the workers could take it"
     return 1, f"error: a worker was ended without a word (exit code {status}): see above and {logs}"
 
 
-def _queue_again(start: Start, code: int, *, without: Sequence[str]) -> int:
-    """Queue the job again unless it is being ended by somebody else; return its exit code."""
+def _queue_again(starts: Starts, start: Start, end: End) -> int:
+    """Queue the job again unless that is hopeless or somebody ends it; return the exit code."""
+    if starts.has_failed_enough(end):
+        print(
+            f"error: the last starts of job {start.job} saved nothing beyond step {end.step}, so "
+            f"it is not queued again: see {starts.run_dir / 'logs'}, then submit it again",
+            file=sys.stderr,
+        )
+        return end.code
     deadline = time.monotonic() + CONTROLLER
     while True:
         try:
             job = slurm.job(start.job)
             if job is None or job.state != "RUNNING":
                 print("the job is being ended from outside: it is not queued again", flush=True)
-                return code
+                return end.code
             if not slurm.may_requeue(start.job):
                 print("the job may not be queued again: the next of a chain goes on", flush=True)
-                return code
-            avoiding = f", without {', '.join(without)}" if without else ""
+                return end.code
+            avoiding = f", without {', '.join(end.without)}" if end.without else ""
             print(f"job {start.job} is queued again{avoiding}", flush=True)
-            slurm.requeue(start.job, without=without)
+            slurm.requeue(start.job, without=end.without)
             return REQUEUE
         except slurm.Unreachable:
             if time.monotonic() > deadline:

@@ -21,10 +21,14 @@ from typing import Any
 
 import psutil
 
+from trainer import manifest
+
 from .process import Failure, failure_file, stopping_signals
 
 _ENDED_BY_SIGNAL = re.compile(r"rank +: ([0-9]+) \(local_rank: [0-9]+\)\s+exitcode +: -([0-9]+)")
 """How torchrun reports a worker that a signal ended."""
+_FENCED = re.compile(r"^error: .* this is start ([0-9]+), .*$", re.MULTILINE)
+"""What the workers say, and leave no file about, once a newer start has taken the folder over."""
 _FULL = 2**16
 """Bytes left on a disk that is full for all that is worth writing."""
 
@@ -52,10 +56,12 @@ class Workers:
         self._process: subprocess.Popen[bytes] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._log_begin = 0
+        self._starts_before = 0
 
     def __enter__(self) -> Workers:
         self._log().parent.mkdir(exist_ok=True)
         failure_file(self.run_dir).unlink(missing_ok=True)
+        self._starts_before = manifest.newest_generation(self.run_dir / "checkpoints")
         self._handlers = {n: signal.signal(n, self._forward) for n in stopping_signals()}
         with self._log().open("ab") as log:
             self._log_begin = log.tell()
@@ -116,6 +122,9 @@ class Workers:
         A rank that is killed says nothing, and those that waited for it fail with a traceback.
         """
         logs, killed = self.run_dir / "logs", self._killed(status)
+        for words in _FENCED.finditer(self._said()):
+            if int(words[1]) > self._starts_before:  # an earlier start may have the same log open
+                return 2, words[0]
         if failure is not None and failure.code != 1:
             return failure.code, failure.said
         if failure is None and self.asked:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +19,8 @@ from trainer.config import UserError
 
 FAILURES = 2
 """Starts of a job in a row that may end by themselves without a new checkpoint."""
+EXCLUSIONS = 8
+"""The same, where each cost the job a node: the next one may be better."""
 LOSSES = 3
 """Starts of a job in a row that may be ended from outside without a new checkpoint."""
 
@@ -39,12 +42,16 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """How a start ended: the workers' exit code, why in words, and the newest checkpoint then."""
+    """How a start ended: the workers' exit code, why in words, and the newest checkpoint then.
+
+    `without` names the nodes that are to blame, on which the job does not go on.
+    """
 
     job: int
     restart: int
     code: int
     why: str
+    without: tuple[str, ...]
     step: int
     time: float
 
@@ -76,13 +83,14 @@ class Starts:
         self._append(asdict(start))
         return start
 
-    def end(self, start: Start, *, code: int, why: str) -> End:
+    def end(self, start: Start, *, code: int, why: str, without: Sequence[str] = ()) -> End:
         """Note how a start ended."""
         end = End(
             job=start.job,
             restart=start.restart,
             code=code,
             why=why,
+            without=tuple(without),
             step=newest_step(self.run_dir),
             time=time.time(),
         )
@@ -95,7 +103,10 @@ class Starts:
 
     def has_failed_enough(self, end: End) -> bool:
         """Return whether the job is to give up, since starts of it fail and get nowhere."""
-        return len(self._in_vain(end.job, end.step, has_ended=True)) >= FAILURES
+        failed = self._in_vain(end.job, end.step, has_ended=True)
+        ends = self.read()[1]
+        avoiding = [start for start in failed if ends[start.job, start.restart].without]
+        return len(avoiding) >= EXCLUSIONS or len(failed) - len(avoiding) >= FAILURES
 
     def is_complete(self) -> bool:
         """Return whether the last start trained to the end, and what it saved is still there."""
@@ -113,9 +124,11 @@ class Starts:
         ends: dict[tuple[int, int], End] = {}
         for values in filter(None, map(_parsed, lines)):
             if "code" in values:
+                values["without"] = tuple(values["without"])
                 ends[values["job"], values["restart"]] = End(**values)
             else:
-                starts.append(Start(**{**values, "nodes": tuple(values["nodes"])}))
+                values["nodes"] = tuple(values["nodes"])
+                starts.append(Start(**values))
         return starts, ends
 
     def _in_vain(self, job: int, step: int, *, has_ended: bool) -> list[Start]:
@@ -125,8 +138,11 @@ class Starts:
         return [start for start in last if ((start.job, start.restart) in ends) is has_ended]
 
     def _append(self, values: dict[str, Any]) -> None:
-        with self._file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._file} cannot be written: {error.strerror}") from None
 
 
 def newest_step(run_dir: Path) -> int:

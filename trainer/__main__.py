@@ -85,6 +85,8 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         code, message = explain(error, config.run_dir)
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
             print(message, file=sys.stderr, flush=True)
+    if trainer is not None and not trainer.control.owns_folder():  # whatever it came to notice
+        code, message = USER_ERROR, str(trainer.control.fenced())
     return Failure(
         rank=process.rank,
         code=code,

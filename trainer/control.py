@@ -7,6 +7,7 @@ requests, so only rank 0 looks, and by the clock; the ranks' vote carries what i
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -36,8 +37,9 @@ class Control:
         if (now := time.monotonic()) < self._next:
             return
         self._next = now + self.SECONDS
-        self.stop = self.stop or stop_file(self.run_dir).exists()  # ranks are leaving: no way back
-        self.save = save_file(self.run_dir).exists()
+        # Ranks that leave do not come back, and a file server that is silent asks for nothing.
+        self.stop = self.stop or os.path.isfile(stop_file(self.run_dir))
+        self.save = os.path.isfile(save_file(self.run_dir))
         self.owns_folder()
 
     def owns_folder(self) -> bool:

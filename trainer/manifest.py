@@ -204,7 +204,7 @@ def whole_checkpoint(path: Path) -> Path:
 def begin_generation(root: Path) -> int:
     """Raise the run's generation number, fencing off every earlier start, and return it."""
     root.mkdir(parents=True, exist_ok=True)
-    generation = _generation(root) + 1
+    generation = newest_generation(root) + 1
     write_atomically(root / "generation", str(generation))
     for left in root.glob(f"{_REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -223,27 +223,28 @@ def begin_generation(root: Path) -> int:
 
 def check_generation(root: Path, generation: int) -> None:
     """Raise Fenced if a newer start than `generation` has begun."""
-    if _generation(root) != generation:
+    if newest_generation(root) != generation:
         raise fenced(root, generation)
 
 
 def fenced(root: Path, generation: int) -> Fenced:
     """Return what ends start `generation` once a newer one has begun."""
     return Fenced(
-        f"{root} belongs to start {_generation(root)} of this run; this is start {generation}, "
-        "which must have been taken for dead: it stops here and writes nothing"
+        f"{root} belongs to start {newest_generation(root)} of this run; this is start "
+        f"{generation}, which must have been taken for dead: it stops here and writes nothing"
     )
 
 
 def is_stale(root: Path, generation: int) -> bool:
     """Return whether a newer start than `generation` is known to have begun."""
     try:
-        return _generation(root) > generation
+        return newest_generation(root) > generation
     except OSError:  # a file server that does not answer says nothing about other starts
         return False
 
 
-def _generation(root: Path) -> int:
+def newest_generation(root: Path) -> int:
+    """Return the number of a run's newest start, 0 before the first."""
     path = root / "generation"
     try:
         return int(path.read_text())

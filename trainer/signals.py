@@ -91,7 +91,7 @@ class Signals:
             self.control.look()
         votes = torch.tensor([self._asked(), self.control.save, waits], dtype=torch.uint8)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
-        stop, save, somebody_waits = (int(vote) for vote in votes)
+        stop, save, somebody_waits = map(int, votes.tolist())
         self.stop, self.save = Stop(stop), save > 0
         return somebody_waits > 0
 

@@ -88,10 +88,18 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self.seconds / _LOOKS):
+        while not self._wait():
             self._tell()
             if time.monotonic() - self._moved > self._patience:
                 self._give_up()
+
+    def _wait(self) -> bool:
+        """Wait until the next look; return whether the training has ended."""
+        begin = time.monotonic()
+        ended = self._ended.wait(self.seconds / _LOOKS)
+        if time.monotonic() - begin > self.seconds / 2:
+            self._moved = time.monotonic()  # the whole process stood still: nobody is to blame
+        return ended
 
     def _give_up(self) -> None:
         """Say who is stuck, and end this process."""

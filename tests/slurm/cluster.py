@@ -116,25 +116,26 @@ class Cluster:
         """Return the words NAME=VALUE that Slurm shows of a job."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", str(job))))
 
-    def wait(self, job: int, wanted: str) -> None:
-        """Wait until a job is in a state; one that ends otherwise is an error."""
+    def wait(self, job: int, *wanted: str) -> None:
+        """Wait until a job is in one of these states; one that ends otherwise is an error."""
 
         def is_there() -> bool:
             state = self.state(job)
-            assert state == wanted or state not in ENDED, f"job {job} is {state}\n{self.diary(job)}"
-            return state == wanted
+            assert state in wanted or state not in ENDED, f"job {job} is {state}\n{self.diary(job)}"
+            return state in wanted
 
         wait_until(is_there, f"job {job} to be {wanted}", lambda: self.diary(job))
 
-    def diary(self, job: int) -> str:
-        """Return what became of a job, in its own words and the controller's."""
-        output = Path(
-            self.run("scontrol", "show", "job", str(job)).split("StdOut=")[1].split("\n")[0]
-        )
-        said = output.read_text().replace("\r", "\n") if output.exists() else ""
-        log = (self.folder / "slurmctld.log").read_text()
-        of_job = [line for line in log.splitlines() if f"={job}" in line or "node" in line]
-        return "\n".join([self.run("squeue"), self.run("sinfo"), *of_job[-40:], said[-4000:]])
+    def diary(self, job: int | None = None) -> str:
+        """Return how all stands, and what became of a job in its own words and the controller's."""
+        seen = [self.run("squeue", "--states=all"), self.run("sinfo")]
+        if job is not None:
+            log = (self.folder / "slurmctld.log").read_text().splitlines()
+            seen += [line for line in log if f"={job}" in line or "node" in line][-40:]
+            shown = self.run("scontrol", "show", "job", str(job))
+            output = Path(shown.partition("StdOut=")[2].partition("\n")[0])
+            seen += output.read_text().splitlines()[-60:] if output.exists() else []
+        return "\n".join(seen)
 
     # What happens to machines.
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.starts import Starts
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import ENDED, Cluster, wait_until
 from tests.trainer.runs import lines, losses
 from trainer import manifest
 
@@ -24,7 +24,7 @@ TINY = (
     "--train.batch-size", str(BATCH), "--train.epochs", str(EPOCHS), "--train.precision", "fp32",
     "--optim.warmup-epochs", "1", "--eval.every-epochs", "4", "--backend.name", "fsdp",
     "--checkpoint.every", "5", "--checkpoint.keep-last", "9",
-    "--log.every", "1", "--log.images", "0",
+    "--log.every", "1", "--log.images", "0", "--cluster.no-preflight",
 )  # fmt: skip
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
 """What makes a script's nodes so small that one process runs on each, without a GPU."""
@@ -58,9 +58,12 @@ def _is_whole(beyond: int) -> Any:
 
 def wait_for_start(cluster: Cluster, job: int, run: Path, count: int) -> None:
     """Wait until a run has been started so many times."""
-    wait_until(
-        lambda: len(Starts(run).read()[0]) >= count, f"start {count}", lambda: cluster.diary(job)
-    )
+
+    def is_there() -> bool:
+        assert cluster.state(job) not in ENDED, cluster.diary(job)
+        return len(Starts(run).read()[0]) >= count
+
+    wait_until(is_there, f"start {count}", lambda: cluster.diary(job))
 
 
 def output_of(folder: Path) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.starts import Starts
-from tests.slurm.cluster import wait_until
-from tests.slurm.runs import output_of, run_of, submit, wait_for_checkpoint
+from tests.slurm.runs import output_of, run_of, submit, wait_for_checkpoint, wait_for_start
 from tests.trainer.runs import lines
 from trainer import manifest
 
@@ -44,7 +43,7 @@ def test_a_stop_file_ends_a_job_and_keeps_the_next_from_starting(cluster, tmp_pa
 def test_a_job_that_gets_nowhere_is_tried_twice(cluster, tmp_path):
     job = submit(cluster, tmp_path, "--run-dir", "broken", options=("--nodes=1",))
     frozen = tmp_path / "broken" / "code" / "trainer" / "loop.py"
-    wait_until(frozen.exists, "the run folder")
+    wait_for_start(cluster, job, tmp_path / "broken", 1)
     frozen.write_text("raise RuntimeError('broken on purpose')\n")
     cluster.wait(job, "FAILED")
     starts, ends = Starts(tmp_path / "broken").read()

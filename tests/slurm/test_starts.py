@@ -54,6 +54,14 @@ def test_going_back_is_no_advance(run):
     assert fails_for_good(run, begin(run, 1))
 
 
+def test_starts_that_find_a_bad_node_may_be_more(run):
+    for restart in range(7):
+        end = Starts(run).end(begin(run, restart), code=76, why="why", without=[f"n{restart}"])
+        assert not Starts(run).has_failed_enough(end)
+    assert not fails_for_good(run, begin(run, 7))
+    assert fails_for_good(run, begin(run, 8))
+
+
 def test_what_is_ended_from_outside_counts_apart(run):
     begin(run, 0)
     assert not fails_for_good(run, begin(run, 1))

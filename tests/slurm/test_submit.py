@@ -20,6 +20,7 @@ TINY = [
     *("--data.source", "synthetic", "--data.train", "num_samples=64,num_classes=10,size=32"),
     *("--data.val", "num_samples=16,num_classes=10,size=32", "--eval.batch-size", "16"),
     *("--train.batch-size", "8", "--train.epochs", "1", "--log.every", "1"),
+    "--cluster.no-preflight",
 ]
 HERE = ["demo", "--nodes", "1", "--gpus-per-node", "0", "--ntasks-per-node", "1"]
 
