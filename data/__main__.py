@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="foveate data",
         description="Make data sets ready.",
-        epilog="foveate data show, bench and doctor RECIPE look at data as a run of it does.",
+        epilog="foveate data check, show, bench and doctor RECIPE see data as a run does.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download a known data set and pack it")

@@ -24,14 +24,20 @@ usage: foveate COMMAND ...
 
 commands:
   pretrain RECIPE   train a backbone on this machine; the same command again continues the run
+  preflight         check the nodes of a job, or this machine, before a run
+  submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
+  runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
   export RUN        write a finished run as a bundle for another library
   ckpt              list, verify, compare and remove the checkpoints of a run
-  data              fetch, pack, index and verify data sets; show, bench and doctor what runs see
+  data              fetch, pack, index, verify data sets; check, show, bench, doctor what runs see
   replay RUN        make one step of a run again, and name the tensor that went bad
   demo              pretrain on CIFAR-10 in minutes, crash, resume and export
 
 foveate COMMAND --help says more.
 """
+
+
+_USUAL = "transnext_base"  # the recipe whose shapes nodes are checked with if none is named
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +62,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
+        "preflight": preflight,
+        "submit": submit,
+        "runs": runs,
         "export": lambda rest: python_module("trainer.export", rest),
         "ckpt": checkpoints,
         "data": data,
@@ -134,6 +143,76 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     return local.launch(run_dir, num_processes=num_processes)
 
 
+def preflight(arguments: list[str]) -> int:
+    """Check the nodes of this job, or this machine, for a run."""
+    from trainer.config import RunConfig, override
+    from trainer.recipes import recipe
+
+    from . import preflight as checks
+    from . import rundir
+
+    if {"-h", "--help"} & set(arguments):
+        print(checks.USAGE, end="")
+        return 0
+    parser = _Parser(prog="foveate preflight", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--seconds", type=float, default=checks.SECONDS)
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    options, overrides = parser.parse_known_args(arguments[len(named) :])
+    if options.config is not None and named:
+        raise UserError(f"give --config or a recipe, not both: {options.config} and {named[0]}")
+    config = RunConfig.read(options.config) if options.config else recipe(*named or [_USUAL])
+    if overrides:
+        config = override(config, overrides)
+    return checks.run(
+        rundir.absolute(config),
+        num_processes=options.nproc,
+        seconds=options.seconds,
+        file=options.json,
+    )
+
+
+def submit(arguments: list[str]) -> int:
+    """Put a recipe with its overrides into Slurm's queue."""
+    from . import submit as command
+    from .resources import Resources
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(command.USAGE, end="")
+        return 0
+    parser = _Parser(prog="foveate submit RECIPE", add_help=False, allow_abbrev=False)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--ntasks-per-node", type=int)
+    parser.add_argument("--cpus-per-task", type=int)
+    for name in ("time", "partition", "account", "qos", "mem", "constraint"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--sbatch", action="append", default=[])
+    parser.add_argument("--chain", type=int, default=1)
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--dry-run", action="store_true")
+    options, overrides = parser.parse_known_args(arguments[1:])
+    how = {name: vars(options).pop(name) for name in ("chain", "sweep", "dry_run")}
+    resources = Resources(**vars(options))
+    return command.submit([arguments[0], *overrides], resources, **how)
+
+
+def runs(arguments: list[str]) -> int:
+    """List the runs below a folder."""
+    from .runs import show
+
+    parser = _Parser(prog="foveate runs", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("--json", action="store_true", help="print the runs as JSON")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit:  # after --help
+        return 0
+    return show(options.folder, as_json=options.json)
+
+
 def checkpoints(arguments: list[str]) -> int:
     """Look at the checkpoints of a run, or remove some."""
     from . import checkpoints as commands
@@ -167,7 +246,7 @@ def checkpoints(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """Make data sets ready, or look at them as a run does."""
-    looks = arguments[:1] in (["show"], ["bench"], ["doctor"])
+    looks = arguments[:1] in (["check"], ["show"], ["bench"], ["doctor"])
     return python_module("trainer.data_tools" if looks else "data", arguments)
 
 

@@ -16,6 +16,8 @@ from trainer import manifest
 from trainer.config import UserError
 from trainer.shardfile import Box, Piece, ShardFile
 
+from .table import duration, table
+
 USAGE = """\
 usage: foveate ckpt ls RUN                    list them: step, size, age, state, who wrote them
        foveate ckpt verify RUN                hash every file again
@@ -31,16 +33,13 @@ def ls(run_dir: Path) -> int:
     for folder in _of_run(run_dir):
         with contextlib.suppress(FileNotFoundError):  # the run has removed it meanwhile
             rows.append(_row(folder))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(row[:3], widths, strict=False))
-        print("  ".join([*cells, f"{row[3]:{widths[3]}}", row[4]]).rstrip())
+    print(table(rows, left=(3, 4)))
     return 0
 
 
 def _row(folder: Path) -> tuple[str, str, str, str, str]:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    age = _duration(time.time() - folder.stat().st_mtime)
+    age = duration(time.time() - folder.stat().st_mtime)
     cells = (str(manifest.step_of(folder)), _bytes(sum(sizes.values())), age)
     try:
         found = manifest.read(folder)
@@ -188,10 +187,3 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -115,9 +115,11 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
     """Return a port below the ephemeral range that all ranks of a step derive alike.
 
     Jobs are 31 ports apart, so that steps which run side by side in one job do not meet the next.
+    A job that was requeued takes another port: ranks that Slurm has lost may hold the one before.
     """
     job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
-    return 20000 + (31 * job + step) % 12000
+    restart = _integer({"SLURM_RESTART_COUNT": "0", **environment}, "SLURM_RESTART_COUNT")
+    return 20000 + (31 * job + 7 * restart + step) % 12000
 
 
 def _value(environment: Mapping[str, str], name: str) -> str:

@@ -28,7 +28,7 @@ CODE = Path(__file__).resolve().parents[1]
 # What may change between two starts of a run: how it is computed, reported and saved, and where
 # its data lie (the checkpoint knows their fingerprint), but not what is computed.
 _FREE = (
-    "run_dir", "backend.", "memory.", "log.", "guard.", "checkpoint.",
+    "run_dir", "backend.", "memory.", "log.", "guard.", "checkpoint.", "cluster.",
     "eval.every_epochs", "eval.batch_size",
     "data.source", "data.train", "data.val", "data.allow_unmixed", "data.max_bad",
     "data.cache_dir", "data.cache_gb",

@@ -65,7 +65,7 @@ MODULES = {_module(path) for path in FILES}
 ALLOWED = {
     "launcher": {
         *("trainer.config", "trainer.recipes", "trainer.sections"),
-        *("trainer.manifest", "trainer.shardfile"),
+        *("trainer.manifest", "trainer.shardfile", "trainer.readings", "trainer.outliers"),
     },
     "trainer": {
         *("launcher.process", "models.registry", "models.base"),
@@ -95,6 +95,7 @@ EXCEPTIONS = {
 TORCH_FREE = {
     *("trainer.config", "trainer.recipes", "trainer.sections", "trainer.typed_json"),
     *("trainer.manifest", "trainer.shardfile", "trainer.capabilities", "trainer.zero_config"),
+    *("trainer.readings", "trainer.nvidia_smi", "trainer.outliers"),
 }
 
 

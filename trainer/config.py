@@ -23,6 +23,7 @@ from .capabilities import conflicts, world_conflicts
 from .sections import (
     BackendConfig,
     CheckpointConfig,
+    ClusterConfig,
     DataConfig,
     DistillConfig,
     EvalConfig,
@@ -60,6 +61,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def validate(self) -> list[str]:
         """Return every problem that can be seen without the data, each with its remedy."""

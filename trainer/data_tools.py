@@ -1,4 +1,4 @@
-"""The data commands that ask what a run would see: `foveate data show | bench | doctor RECIPE`.
+"""The data commands that ask what a run would see: `foveate data check | show | bench | doctor`.
 
 Owns their arguments: a recipe and overrides as for pretraining, and a few options of their own.
 """
@@ -10,14 +10,19 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from data.base import DataError
+import torch
+
+from data.base import BadSample, DataError, Source
 from models.base import ModelError
 
 from .config import RunConfig, UserError, override
 from .doctor import bench, diagnose
+from .inputs import make_pipeline, open_val
 from .recipes import recipe
 from .show import write_contact_sheet
 
@@ -43,12 +48,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: RunConfig) -> None:
-    if options.command == "show":
+    if options.command == "check":
+        print(check(config))
+    elif options.command == "show":
         write_contact_sheet(config, options.out, count=options.images, epoch=options.epoch)
     elif options.command == "bench":
         print(json.dumps(bench(config, num_images=options.images)))
     else:
         print(diagnose(config, num_images=options.images, model_rate=options.rate))
+
+
+def check(config: RunConfig) -> str:
+    """Open both splits as a run does, read an image of each end, and return what is there.
+
+    Of shards at a URL nothing is kept.
+
+    Raises:
+        UserError, DataError: if a run could not use them.
+    """
+    config = replace(config, data=replace(config.data, cache_dir=None, cache_gb=None))
+    train = make_pipeline(config, torch.device("cpu")).source
+    with closing(train), closing(open_val(config, classes=train.classes)) as val:
+        return (
+            f"{_read_ends(train)} training and {_read_ends(val)} evaluation images in "
+            f"{len(train.classes)} classes"
+        )
+
+
+def _read_ends(source: Source) -> int:
+    """Read the first and the last image of a source, and return how many it has."""
+    for id in (0, len(source) - 1):
+        with suppress(BadSample):  # a run can do without it
+            source.read(id)
+    return len(source)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--rate", type=_rate, help="images per second that a GPU takes; measured if left out"
     )
+    see = add("check", help="open the data of a run, and read an image of each end")
+    see.add_argument("recipe", help="as for foveate pretrain")
     for command, count in ((show, 16), (measure, 1024), (doctor, 256)):
         command.add_argument("recipe", help="as for foveate pretrain")
         command.add_argument("--images", type=_at_least(2), default=count)

@@ -326,3 +326,11 @@ class LogConfig:
     """Steps between log lines."""
     images: int = 16
     """Augmented inputs shown in TensorBoard at each start; 0 shows none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a job does around a run."""
+
+    preflight: bool = True
+    """Check the nodes of a Slurm job at its head, and leave bad ones to others."""

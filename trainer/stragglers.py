@@ -20,11 +20,9 @@ import torch.distributed as dist
 from launcher.process import node_name
 
 from .group import gather
+from .outliers import FEWEST, usual
 
-_FEWEST = 3  # ranks among which one can stand out
-_DEVIATIONS = 5.0  # above the median, in robust standard deviations
-_SHARE = 0.2  # and by at least this share of the median: ranks that are equal to a hair differ too
-_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
+_SHARE = 0.2  # of the median, that a rank may take longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +80,11 @@ class Stragglers:
 
 def outliers(seconds: Sequence[float], hosts: Sequence[str]) -> list[Straggler]:
     """Return the ranks whose `seconds` stand out, by median and median absolute deviation."""
-    if len(seconds) < _FEWEST:
+    if len(seconds) < FEWEST:
         return []
-    median = statistics.median(seconds)
-    spread = _NORMAL * statistics.median(abs(value - median) for value in seconds)
-    limit = median + max(_DEVIATIONS * spread, _SHARE * median)
+    median, distance = usual(seconds, share=_SHARE)
     return [
         Straggler(rank=rank, host=host, seconds=value, median=median)
         for rank, (value, host) in enumerate(zip(seconds, hosts, strict=True))
-        if value > limit
+        if value > median + distance
     ]

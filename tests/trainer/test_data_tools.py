@@ -49,6 +49,21 @@ def test_bench_prints_a_line_of_figures(capsys):
     assert figures["cpu_ms_per_image"] > 0
 
 
+def test_check_says_what_is_there_and_passes_over_single_bad_images(monkeypatch, capsys):
+    def read(self, id):
+        raise BadSample("this one is damaged")
+
+    monkeypatch.setattr(SyntheticSource, "read", read)
+    assert main(["check", "demo", *TINY]) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"\d+ training and \d+ evaluation images in 10 classes\n", said)
+
+
+def test_check_wants_the_classes_of_the_model(capsys):
+    assert main(["check", "demo", *TINY, "--model.num-classes", "7"]) == 2
+    assert "--model.num-classes 10" in capsys.readouterr().err
+
+
 FEW = ("--data.train", "num_samples=5,num_classes=10,size=20")
 
 
