@@ -84,19 +84,17 @@ class Meeting:
         rates, errors = [], []
         for turn, links in enumerate(ring(len(self._hosts))):
             pairs = [(self._leaders[first], self._leaders[second]) for first, second in links]
-            pair = next((pair for pair in pairs if self._rank in pair), None)
-            if pair is None:
-                # torch names a group after how many its process has made: all make equally many.
-                dist.new_group([self._rank], use_local_synchronization=True)
-                continue
+            pair = next((pair for pair in pairs if self._rank in pair), (self._rank, self._rank))
             other = self._names[pair[pair[0] == self._rank]]
             # Who waited in vain comes late to its next pair, which has to wait longer.
             limit = self._seconds / 24 * (turn + 1)
             try:
-                rate = self._bandwidth(list(pair), seconds=limit)
+                rate = self._bandwidth(sorted(set(pair)), seconds=limit)
             except RuntimeError as error:
                 said = failed("link", error, joint=True).error
                 errors.append(f"no link to {other}: {said}")
+                continue
+            if rate is None:
                 continue
             rates.append(rate)
             if self._rank == pair[0]:
@@ -105,7 +103,11 @@ class Meeting:
                     worst="warn",
                 )  # fmt: skip
         if rates:
-            yield Reading(check="network", value=max(rates), unit="GB/s", limit=_SLOWEST, share=0.5)
+            yield Reading(
+                check="network", value=max(rates), unit="GB/s", limit=_SLOWEST,
+                # Between CPUs it is as fast as other work on the machines lets it be.
+                share=0.5 if self._device.type == "cuda" else None,
+            )  # fmt: skip
         for lost in errors:
             yield Reading(
                 check="network", error=lost, joint=True, worst="warn" if rates else "fail"
@@ -126,19 +128,18 @@ class Meeting:
 
     def within_node(self) -> Iterator[Reading]:
         """Sum over the processes of this node."""
-        if len(self._mates) > 1:
-            rate = self._bandwidth(self._mates, seconds=self._seconds / 8)
-            if self._rank == self._mates[0]:
-                yield Reading(
-                    check="all-reduce in node", value=rate, unit="GB/s", share=0.3,
-                    worst="fail" if self._device.type == "cuda" else "warn",
-                )  # fmt: skip
+        rate = self._bandwidth(self._mates, seconds=self._seconds / 8)
+        if rate is not None and self._rank == self._mates[0]:
+            yield Reading(
+                check="all-reduce in node", value=rate, unit="GB/s", share=0.3,
+                worst="fail" if self._device.type == "cuda" else "warn",
+            )  # fmt: skip
 
     def over_all(self) -> Iterator[Reading]:
         """Sum over all processes, as a run does with its gradients."""
         everyone = list(range(dist.get_world_size()))
         rate = self._bandwidth(everyone, seconds=self._seconds / 8)
-        if self._rank == 0:
+        if rate is not None and self._rank == 0:
             yield Reading(check="all-reduce", value=rate, unit="GB/s")
 
     def shared_folder(self) -> Iterator[Reading]:
@@ -157,8 +158,11 @@ class Meeting:
             error = f"{folder} is another folder than on {self._hosts[0]}: use a shared one"
             yield Reading(check="shared run folder", value="seen", error="" if seen else error)
 
-    def _bandwidth(self, ranks: list[int], *, seconds: float) -> float:
+    def _bandwidth(self, ranks: list[int], *, seconds: float) -> float | None:
         """Return how many GB/s each of `ranks` sends while all of them sum a tensor.
+
+        Whoever has nobody to do it with, and gets None, makes a group all the same: torch names a
+        group after how many its process has made before, so that all have to make as many.
 
         Raises:
             RuntimeError: if one of them does not take part in time.
@@ -167,6 +171,8 @@ class Meeting:
             ranks, timeout=timedelta(seconds=seconds), use_local_synchronization=True
         )
         assert isinstance(group, dist.ProcessGroup), "this process is one of them"
+        if len(ranks) == 1:
+            return None
         values = torch.zeros(_BYTES[self._device.type] // 4, device=self._device)
         times = []
         for _ in range(1 + _REPEATS):

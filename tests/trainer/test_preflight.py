@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from trainer.readings import DONE, Message, Reading, failed, message
 from trainer.recipes import recipe
 
 PATIENCE = 600
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS of unshare(2)
 
 
 def config_in(folder, *arguments):
@@ -172,11 +174,17 @@ def test_links_of_a_turn_share_no_node_and_make_a_ring(num_nodes):
     assert len(turns) == (1 if num_nodes == 2 else 2 + num_nodes % 2)
 
 
-def _take_part(rank, world_size, port, folder, stop_in):
+def _take_part(rank, world_size, port, folder, odd):
     """Make the joint checks as one of the nodes n0, n1, ..., and write down what is found.
 
-    Rank 4, if any, is a second process of n0.
+    Rank 4, if any, is a second process of n0. What is `odd` is rank 2: that it dies in the check of
+    that name, or that its run folder is its `own`.
     """
+    run_dir = folder / "run"
+    if rank == 2 and odd == "own":
+        ctypes.CDLL(None).unshare(_NEW_MOUNTS)
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(run_dir)], check=True)
     host = f"n{rank % 4}"
     place = Process(
         rank=rank, world_size=world_size, local_rank=rank // 4, node=rank % 4,
@@ -184,12 +192,12 @@ def _take_part(rank, world_size, port, folder, stop_in):
     )  # fmt: skip
     seconds = 120.0
     meeting = Meeting(
-        config_in(folder / f"own{rank}" if stop_in == "other" and rank == 2 else folder), place,
-        torch.device("cpu"), host, doors=time.monotonic() + 40, seconds=seconds,
+        config_in(run_dir), place, torch.device("cpu"), host,
+        doors=time.monotonic() + 40, seconds=seconds,
     )  # fmt: skip
     found = []
     for name, check in meeting.checks():
-        if rank == 2 and name == stop_in:
+        if rank == 2 and name == odd:
             os._exit(1)
         try:
             found += list(check())
@@ -201,11 +209,12 @@ def _take_part(rank, world_size, port, folder, stop_in):
     os._exit(0)
 
 
-def together(folder, ranks, *, world_size=4, stop_in=""):
+def together(folder, ranks, *, world_size=4, odd=""):
     """Return the readings of the nodes that take part, by host."""
+    (folder / "run").mkdir()
     context, port = prepared_context(), free_port()
     processes = [
-        context.Process(target=_take_part, args=(rank, world_size, port, folder, stop_in))
+        context.Process(target=_take_part, args=(rank, world_size, port, folder, odd))
         for rank in ranks
     ]
     for process in processes:
@@ -245,7 +254,7 @@ def test_nodes_that_come_go_on_without_the_one_that_does_not(tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_dies_in_the_middle_costs_its_neighbours_one_link_each(tmp_path):
-    found = together(tmp_path, range(4), stop_in="network")
+    found = together(tmp_path, range(4), odd="network")
     assert set(found) == {"n0", "n1", "n3"}
     lost = {h: [r for r in rs if r.check == "network" and r.error] for h, rs in found.items()}
     assert [len(lost[h]) for h in ("n0", "n1", "n3")] == [0, 1, 1]
@@ -257,13 +266,13 @@ def test_a_node_that_dies_in_the_middle_costs_its_neighbours_one_link_each(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a folder of a process's own")
 def test_a_run_folder_that_is_not_shared_is_noticed(tmp_path):
-    (tmp_path / "own2").mkdir()
-    found = together(tmp_path, range(3), world_size=3, stop_in="other")
-    # The first node leaves its file beside the run folder; the third has a folder of its own.
+    found = together(tmp_path, range(3), world_size=3, odd="own")
     errors = {h: r.error for h, rs in found.items() for r in rs if r.check == "shared run folder"}
     assert (errors["n0"], errors["n1"]) == ("", "")
-    assert errors["n2"].startswith(f"{tmp_path}")
+    assert errors["n2"] == f"{tmp_path / 'run'} is another folder than on n0: use a shared one"
+    assert os.listdir(tmp_path / "run") == []
 
 
 @pytest.mark.slow
