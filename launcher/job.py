@@ -112,7 +112,7 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    if config.cluster.preflight and (bad := preflight.check(run_dir, config)):
+    if config.cluster.preflight and (bad := _bad_nodes(config, run_dir, asked)):
         return _avoid(starts, start, bad)
     moments += [("preflight", time.time())]
     status = Step(config, run_dir, start, asked=asked, moments=moments).run()
@@ -196,6 +196,16 @@ def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]
     """Return what srun runs in every task, in a container if one is named."""
     python = container.python(image, container.folders(config, run_dir))
     return [*python, "-m", "trainer", "--config", str(run_dir / "config.json")]
+
+
+def _bad_nodes(config: RunConfig, run_dir: Path, asked: Sequence[signal.Signals]) -> list[str]:
+    """Return the nodes that fail their checks, none if the job is to stop: that ends checks too."""
+    try:
+        bad = preflight.check(run_dir, config)
+    except UserError:
+        if not asked:
+            raise
+    return [] if asked else bad
 
 
 def _avoid(starts: Starts, start: Start, bad: Sequence[str]) -> int:
