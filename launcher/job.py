@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from trainer.config import RunConfig, UserError, override
 from trainer.recipes import recipe
@@ -25,8 +26,9 @@ from trainer.recipes import recipe
 from . import container, preflight, rundir, slurm
 from .local import python_environment
 from .process import REQUEUE, STOPPED, Failure, born, expand_hosts, failure_file
-from .starts import End, Start, Starts
+from .starts import End, Start, Starts, has_trained_to_the_end
 
+T = TypeVar("T")
 AGAIN = 2.0
 """Seconds between two signals: one that comes before the workers are ready for it is lost."""
 CONTROLLER = 600.0
@@ -110,7 +112,7 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    if config.cluster.preflight and (bad := preflight.check(run_dir, config)):
+    if config.cluster.preflight and (bad := _bad_nodes(config, run_dir, asked)):
         return _avoid(starts, start, bad)
     moments += [("preflight", time.time())]
     status = Step(config, run_dir, start, asked=asked, moments=moments).run()
@@ -196,6 +198,16 @@ def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]
     return [*python, "-m", "trainer", "--config", str(run_dir / "config.json")]
 
 
+def _bad_nodes(config: RunConfig, run_dir: Path, asked: Sequence[signal.Signals]) -> list[str]:
+    """Return the nodes that fail their checks, none if the job is to stop: that ends checks too."""
+    try:
+        bad = preflight.check(run_dir, config)
+    except UserError:
+        if not asked:
+            raise
+    return [] if asked else bad
+
+
 def _avoid(starts: Starts, start: Start, bad: Sequence[str]) -> int:
     """Queue the job again without nodes that failed their checks; return the exit code."""
     why = f"error: the checks of {', '.join(bad)} failed"
@@ -210,31 +222,34 @@ def _conclude(starts: Starts, start: Start, status: int, *, asked: Sequence[sign
         print("a newer start of this job has taken over: this one leaves all to it", flush=True)
         return status
     failure = Failure.read(starts.run_dir)
-    code, why = _cause(status, failure, starts.run_dir / "logs")
+    code, why = _cause(status, failure, starts.run_dir)
+    print(why, file=sys.stderr if code else sys.stdout, flush=True)
+    may_go_on = code != 0 and code not in FINAL
+    if may_go_on and (signal.SIGTERM in asked or _is_being_ended(start.job)):
+        print("the job is being ended from outside: if at all, Slurm queues it again", flush=True)
+        return code
     bad = failure.node.split(",") if failure and failure.node and code == BAD_NODE else []
     end = starts.end(start, code=code, why=why, without=bad)
-    print(why, file=sys.stderr if code else sys.stdout, flush=True)
-    if code == 0 or code in FINAL:
-        return code
-    if signal.SIGTERM in asked or signal.SIGINT in asked:
-        print("the job was cancelled, or Slurm queues it again by itself", flush=True)
-        return code
-    return _queue_again(starts, start, end)
+    return _queue_again(starts, start, end) if may_go_on else code
 
 
-def _cause(status: int, failure: Failure | None, logs: Path) -> tuple[int, str]:
-    """Return the exit code of the workers, and in words how they ended."""
-    if status == 0:
-        return 0, "complete"
+def _cause(status: int, failure: Failure | None, run_dir: Path) -> tuple[int, str]:
+    """Return the exit code of the workers, and in words how they ended.
+
+    srun returns 0 where a node is lost, too: only the metrics know that a run is complete.
+    """
     if failure is not None:
         return failure.code, failure.said
+    if status == 0 and has_trained_to_the_end(run_dir):
+        return 0, "complete"
     if status == REQUEUE:
         return REQUEUE, "stopped: a signal came before the workers could take it"
+    logs = run_dir / "logs"
     return 1, f"error: a worker was ended without a word (exit code {status}): see above and {logs}"
 
 
 def _queue_again(starts: Starts, start: Start, end: End) -> int:
-    """Queue the job again unless that is hopeless or somebody ends it; return the exit code."""
+    """Queue the job again unless that is hopeless or forbidden; return the exit code."""
     if starts.has_failed_enough(end):
         print(
             f"error: the last starts of job {start.job} saved nothing beyond step {end.step}, so "
@@ -242,20 +257,27 @@ def _queue_again(starts: Starts, start: Start, end: End) -> int:
             file=sys.stderr,
         )
         return end.code
+    if not _patiently(lambda: slurm.may_requeue(start.job)):
+        print("the job may not be queued again: the next of a chain goes on", flush=True)
+        return end.code
+    avoiding = f", without {', '.join(end.without)}" if end.without else ""
+    print(f"job {start.job} is queued again{avoiding}", flush=True)
+    _patiently(lambda: slurm.requeue(start.job, without=end.without))
+    return REQUEUE
+
+
+def _is_being_ended(job_id: int) -> bool:
+    """Return whether Slurm or a user is ending a job: it is cancelled, preempted or lost a node."""
+    job = _patiently(lambda: slurm.job(job_id))
+    return job is None or job.state != "RUNNING"
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask Slurm, again and again while its controller is being restarted."""
     deadline = time.monotonic() + CONTROLLER
     while True:
         try:
-            job = slurm.job(start.job)
-            if job is None or job.state != "RUNNING":
-                print("the job is being ended from outside: it is not queued again", flush=True)
-                return end.code
-            if not slurm.may_requeue(start.job):
-                print("the job may not be queued again: the next of a chain goes on", flush=True)
-                return end.code
-            avoiding = f", without {', '.join(end.without)}" if end.without else ""
-            print(f"job {start.job} is queued again{avoiding}", flush=True)
-            slurm.requeue(start.job, without=end.without)
-            return REQUEUE
+            return ask()
         except slurm.Unreachable:
             if time.monotonic() > deadline:
                 raise

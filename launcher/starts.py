@@ -7,6 +7,7 @@ node that dies or a preemption without notice, gets no second line.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -153,6 +154,17 @@ def newest_step(run_dir: Path) -> int:
         if (folder / manifest.MANIFEST).exists()
     ]
     return manifest.step_of(whole[-1]) if whole else 0
+
+
+def has_trained_to_the_end(run_dir: Path) -> bool:
+    """Return whether the last thing that a run's metrics say is that it is complete."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+            last = file.read().splitlines()[-1:]
+    except OSError:
+        return False
+    return any((_parsed(line.decode()) or {}).get("kind") == "end" for line in last)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -175,6 +175,11 @@ class Cluster:
                 continue
         return found
 
+    def workers(self, node: str) -> list[psutil.Process]:
+        """Return the ranks of runs on a node."""
+        found = self.processes(node, "-m", "trainer", "--config")
+        return [process for process in found if process.cmdline()[1:3] == ["-m", "trainer"]]
+
     def _start(self, name: str, *argv: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(

@@ -37,10 +37,12 @@ class Disturbance:
         self.cluster.run("scancel", "--batch", "--signal=USR1", str(self.job))
 
     def rank_killed(self) -> None:
-        self._kill(self.node, "trainer", "--config")
+        for process in self.cluster.workers(self.node)[:1]:
+            process.kill()
 
     def srun_killed(self) -> None:
-        self._kill(self.start.nodes[0], "srun", "--kill-on-bad-exit=1")
+        for process in self.cluster.processes(self.start.nodes[0], "srun", "--export=ALL"):
+            process.kill()
 
     def power_cut(self) -> None:
         self.cluster.cut_power(self.node)
@@ -59,10 +61,6 @@ class Disturbance:
     def controller_crashed_at_time_limit(self) -> None:
         self.time_limit()
         self.cluster.crash_controller()
-
-    def _kill(self, node: str, *words: str) -> None:
-        for process in self.cluster.processes(node, *words)[:1]:
-            process.kill()
 
 
 FAULTS: tuple[Callable[[Disturbance], None], ...] = (

@@ -45,6 +45,8 @@ def test_a_requeued_job_runs_elsewhere(cluster, here):
     options = ["--exclude=node4", "--requeue", "--open-mode=append", "--output=said"]
     job_id = slurm.submit([*options, str(script(here, "hostname; exec sleep 600"))])
     cluster.wait(job_id, "RUNNING")
+    wait_until((here / "said").exists, "the first start")
+    wait_until((here / "said").read_text, "the first start to speak")
     (first,) = slurm.job(job_id).nodes
     slurm.requeue(job_id, without=[first])
     assert set(slurm.job(job_id).excluded) == {"node4", first}

@@ -26,8 +26,7 @@ def test_a_start_that_was_taken_for_dead_changes_nothing(cluster, tmp_path):
     wait_for_checkpoint(cluster, job, run)
     (first,), _ = Starts(run).read()
     (lost,) = first.nodes
-    (worker,) = cluster.processes(lost, "trainer", "--config")
-    (driver,) = cluster.processes(lost, "launcher.job")
+    (worker,) = cluster.workers(lost)
     worker.suspend()
     cluster.kill_slurmd(lost)
     cluster.declare(lost, "down")
@@ -35,10 +34,10 @@ def test_a_start_that_was_taken_for_dead_changes_nothing(cluster, tmp_path):
     before = (run / "metrics.jsonl").read_text(), losses(run)
 
     worker.resume()
-    wait_until(lambda: not worker.is_running() and not driver.is_running(), "the lost to end")
+    wait_until(lambda: not worker.is_running(), "the lost one to end")
     assert ((run / "metrics.jsonl").read_text(), losses(run)) == before
     assert cluster.state(job) == "COMPLETED"
-    assert "this one leaves all to it" in output_of(tmp_path)
+    assert output_of(tmp_path).count("complete") == 1
     starts, ends = Starts(run).read()
     assert [start.nodes == (lost,) for start in starts] == [True, False]
     assert set(ends) == {(job, 1)}

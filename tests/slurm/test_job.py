@@ -95,7 +95,7 @@ def test_a_rank_that_is_killed_is_survived(cluster, reference, tmp_path):
     job = submit(cluster, tmp_path, options=("--nodes=2",))
     wait_for_checkpoint(cluster, job, run)
     (first,), _ = Starts(run).read()
-    cluster.processes(first.nodes[1], "trainer", "--config")[0].send_signal(signal.SIGKILL)
+    cluster.workers(first.nodes[1])[0].send_signal(signal.SIGKILL)
     cluster.wait(job, "COMPLETED")
     (_, second), ends = Starts(run).read()
     assert second.step > 0
@@ -127,7 +127,7 @@ def test_a_rank_that_hangs_costs_its_node_the_job(cluster, reference, tmp_path, 
     wait_for_checkpoint(cluster, job, run)
     (first,), _ = Starts(run).read()
     bad = first.nodes[1]
-    cluster.processes(bad, "trainer", "--config")[0].suspend()
+    cluster.workers(bad)[0].suspend()
     wait_for_start(cluster, job, run, 2)
     (_, second), ends = Starts(run).read()
     assert ends[job, 0].code == 76
