@@ -1,6 +1,7 @@
 """A run that changes its backend and its world size half-way goes on as if nothing had happened.
 
-TransXNet, whose BatchNorm has buffers, with a moving average, from every way to every other.
+From every way to every other, and, of the model whose BatchNorm has buffers to bring along, once
+into every way and once out of it. All keep a moving average.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from tests.trainer.runs import copy_checkpoint, losses, train_named
 from tests.trainer.ways import SAVED, STEPS, WAYS, assert_same_run, assert_same_state, run_of
 
 PLACES = [way for way in WAYS if way not in ("ddp on 4", "fsdp on 1", "fsdp on 4")]
-MOVES = [f"{before} -> {after}" for before, after in permutations(PLACES, 2)]
-NORMED = ["--model.name", "transxnet_pico", "--checkpoint.every", str(SAVED)]
+NORMED = "transxnet_pico"
+MOVES = [
+    *(("transnext_pico", *move) for move in permutations(PLACES, 2)),
+    *((NORMED, *move) for move in zip(PLACES, [*PLACES[1:], PLACES[0]], strict=True)),
+]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -23,19 +27,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def root(tmp_path_factory):
     """The folder of the runs that stayed where they were and of those that moved, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    train_named(folder, {way: run_of(WAYS[way], *NORMED) for way in PLACES})
+    stayed = {f"{model}, {way}": _run(model, way) for model, way, _ in MOVES}
+    train_named(folder, stayed)
     moved = {}
-    for move in MOVES:
-        before, after = move.split(" -> ")
-        copy_checkpoint(folder / before, folder / move, step=SAVED)
-        moved[move] = run_of(WAYS[after], *NORMED)
+    for model, before, after in MOVES:
+        name = f"{model}, {before} -> {after}"
+        copy_checkpoint(folder / f"{model}, {before}", folder / name, step=SAVED)
+        moved[name] = _run(model, after)
     train_named(folder, moved)
     return folder
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_a_checkpoint_goes_on_in_any_other_way(root, move):
-    before, _ = move.split(" -> ")
-    assert sorted(losses(root / move)) == list(range(SAVED + 1, STEPS + 1))
-    assert_same_run(root / move, root / before)
-    assert_same_state(root / move, root / before)
+def _run(model: str, way: str) -> tuple[int, list[str]]:
+    return run_of(WAYS[way], "--model.name", model, "--checkpoint.every", str(SAVED))
+
+
+@pytest.mark.parametrize(("model", "before", "after"), MOVES)
+def test_a_checkpoint_goes_on_in_any_other_way(root, model, before, after):
+    moved, stayed = root / f"{model}, {before} -> {after}", root / f"{model}, {before}"
+    assert sorted(losses(moved)) == list(range(SAVED + 1, STEPS + 1))
+    assert_same_run(moved, stayed)
+    assert_same_state(moved, stayed)
