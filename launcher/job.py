@@ -29,7 +29,7 @@ from .process import REQUEUE, STOPPED, Failure, born, expand_hosts, failure_file
 from .starts import End, Start, Starts, has_trained_to_the_end
 
 T = TypeVar("T")
-AGAIN = 2.0
+AGAIN = 1.0
 """Seconds between two signals: one that comes before the workers are ready for it is lost."""
 CONTROLLER = 600.0
 """Seconds to wait for a controller that is restarted."""

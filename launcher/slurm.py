@@ -7,6 +7,7 @@ a command. Slurm's own words reach the user when it refuses.
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,9 +128,14 @@ def requeue(job_id: int, *, without: Sequence[str] = ()) -> None:
     """
     before = job(job_id)
     excluded = dict.fromkeys([*(before.excluded if before else ()), *without])
-    run(["scontrol", "requeue", str(job_id)])
-    if without:  # Slurm takes this of pending jobs alone
-        run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}"])
+    # Slurm's TERM would reach these commands, too, between the one and the other.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        run(["scontrol", "requeue", str(job_id)])
+        if without:  # Slurm takes this of pending jobs alone
+            run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def send_signal(job_id: int, name: str) -> None:

@@ -13,7 +13,7 @@ from tests.trainer.runs import lines, losses
 from trainer import manifest
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
-EPOCHS, IMAGES, BATCH = 4, 240, 24
+EPOCHS, IMAGES, BATCH = 4, 480, 24
 STEPS = EPOCHS * IMAGES // BATCH
 TINY = (
     "--model.name", "transnext_pico", "--model.img-size", "16", "--model.num-classes", "10",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
 from launcher import slurm
+from launcher.rundir import CODE
 from launcher.slurm import Job
-from tests.slurm.cluster import wait_until
 from trainer.config import UserError
 
 
@@ -41,28 +44,25 @@ def test_a_job_is_submitted_found_and_cancelled(cluster, here):
     assert not (here / "x").exists()
 
 
-def test_a_requeued_job_runs_elsewhere(cluster, here):
-    options = ["--exclude=node4", "--requeue", "--open-mode=append", "--output=said"]
-    job_id = slurm.submit([*options, str(script(here, "hostname; exec sleep 600"))])
-    cluster.wait(job_id, "RUNNING")
-    wait_until((here / "said").exists, "the first start")
-    wait_until((here / "said").read_text, "the first start to speak")
-    (first,) = slurm.job(job_id).nodes
-    slurm.requeue(job_id, without=[first])
-    assert set(slurm.job(job_id).excluded) == {"node4", first}
-    cluster.wait(job_id, "RUNNING")
-    assert slurm.job(job_id).nodes[0] not in ("node4", first)
-    wait_until(
-        lambda: len((here / "said").read_text().split("\n")) > 2, "the second start to speak"
+def test_a_job_that_queues_itself_again_runs_elsewhere(cluster, here):
+    """Slurm ends the job's processes meanwhile, but not what they ask of it."""
+    program = here / "job.py"
+    program.write_text(
+        "import os\n"
+        "from launcher import slurm\n"
+        "job_id, node = int(os.environ['SLURM_JOB_ID']), os.environ['SLURM_JOB_NODELIST']\n"
+        "print(node, *slurm.job(job_id).excluded, flush=True)\n"
+        "if 'SLURM_RESTART_COUNT' not in os.environ:\n"
+        "    slurm.requeue(job_id, without=[node])\n"
     )
-    slurm.cancel(job_id)
-
-
-def test_what_a_job_says_of_requeueing_is_known(cluster, here):
-    for option, may in (("--requeue", True), ("--no-requeue", False)):
-        job_id = slurm.submit([option, "--hold", str(script(here))])
-        assert slurm.may_requeue(job_id) is may
-        slurm.cancel(job_id)
+    path = script(here, f"PYTHONPATH='{CODE}' exec '{sys.executable}' job.py")
+    options = ["--exclude=node4", "--requeue", "--open-mode=append", "--output=said"]
+    job_id = slurm.submit([*options, str(path)])
+    cluster.wait(job_id, "COMPLETED")
+    first, second = re.findall(r"^(node\d)((?: node\d)*)$", (here / "said").read_text(), re.M)
+    assert first[1].split() == ["node4"]
+    assert set(second[1].split()) == {"node4", first[0]}
+    assert second[0] not in ("node4", first[0])
 
 
 def test_a_job_that_slurm_does_not_know_is_none(here):

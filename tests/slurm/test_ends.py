@@ -27,7 +27,8 @@ def test_a_cancelled_job_is_saved_and_not_queued_again(cluster, tmp_path):
 
 def test_a_stop_file_ends_a_job_and_keeps_the_next_from_starting(cluster, tmp_path):
     run = run_of(tmp_path)
-    job = submit(cluster, tmp_path, options=("--nodes=1",))
+    longer = ("--train.epochs", "100", "--eval.every-epochs", "100")
+    job = submit(cluster, tmp_path, *longer, options=("--nodes=1",))
     wait_for_checkpoint(cluster, job, run)
     (run / "stop").touch()
     cluster.wait(job, "FAILED")
@@ -35,7 +36,7 @@ def test_a_stop_file_ends_a_job_and_keeps_the_next_from_starting(cluster, tmp_pa
     assert ends[start.job, 0].code == 78
     assert ends[start.job, 0].step == lines(run, "stop")[0]["step"]
 
-    cluster.wait(submit(cluster, tmp_path, options=("--nodes=1",)), "FAILED")
+    cluster.wait(submit(cluster, tmp_path, *longer, options=("--nodes=1",)), "FAILED")
     assert f"error: {run / 'stop'} keeps this run stopped" in output_of(tmp_path)
     assert len(Starts(run).read()[0]) == 1
 
