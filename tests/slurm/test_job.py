@@ -8,6 +8,7 @@ import pytest
 
 from launcher import slurm
 from launcher.starts import Starts
+from tests.slurm.cluster import wait_until
 from tests.slurm.runs import (
     STEPS,
     assert_same_run,
@@ -118,6 +119,26 @@ def test_a_preemption_is_survived(cluster, reference, tmp_path, partition):
     cluster.wait(job, "COMPLETED")
     (_, second), _ = Starts(run).read()
     assert second.step == lines(run, "stop")[0]["step"], "it was saved before it had to go"
+    assert_same_run(run, reference)
+
+
+def test_a_node_that_fails_its_checks_costs_no_training(cluster, reference, tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    job = submit(cluster, tmp_path, "--cluster.preflight", options=("--nodes=2",))
+    wait_for_start(cluster, job, run, 1)
+    bad = Starts(run).read()[0][0].nodes[1]
+    checks = []
+    wait_until(lambda: checks.extend(cluster.processes(bad, "trainer.preflight")) or checks, "them")
+    for process in checks:
+        process.kill()
+    cluster.wait(job, "COMPLETED")
+    (first, second), ends = Starts(run).read()
+    assert (ends[job, 0].code, first.step, second.step) == (76, 0, 0)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    assert slurm.job(job).excluded == (bad,)
+    assert bad not in second.nodes
+    assert f"bad nodes: --exclude={bad}\n" in output_of(tmp_path)
+    assert output_of(tmp_path).count("2 nodes are fit\n") == 1
     assert_same_run(run, reference)
 
 
