@@ -1,24 +1,43 @@
-"""The same run under every backend, world size and way of computing: the same losses and state."""
+"""The same run under every backend, world size and way of computing: the same losses and state.
+
+And a run that changes its backend and world size half-way goes on as if nothing had happened: from
+every way to every other, and, of the model whose BatchNorm has buffers to bring along, by a new
+start into every way and out of it. All keep a moving average. They are one file because they go on
+from the same runs.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+from contextlib import closing
+from itertools import islice, permutations, product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from tests.trainer.runs import losses, train_named
+from tests.dist import run_distributed
+from tests.trainer.runs import copy_checkpoint, losses, make_trainer, tiny_config, train_named
 from tests.trainer.ways import (
     ALONE,
     FSDP,
+    SAVED,
     STEPS,
     WAYS,
     Way,
     assert_same_run,
     assert_same_state,
+    assert_same_tensors,
     run_of,
     saved_state,
 )
+from trainer import manifest
+from trainer.checkpoint import read_state
+from trainer.loop import Trainer
+from trainer.state import TrainState
 
 # TransXNet's BatchNorm has buffers, and statistics over all processes.
 MODELS = ("transnext_pico", "transxnet_pico")
@@ -45,6 +64,7 @@ class Case(NamedTuple):
             *("--model.name", self.model),
             *("--train.precision", self.precision),
             *("--train.accumulate", str(self.accumulate)),
+            *("--checkpoint.every", str(SAVED)),
         )
 
     def alone(self) -> Case:
@@ -140,3 +160,95 @@ def test_bfloat16_recomputed_stays_finite_and_near(root, way):
     near = ROUNDING[PLAIN.model]
     loss = losses(root / f"recomputed, {way}")
     assert loss == pytest.approx(losses(root / str(PLAIN)), abs=near, rel=0)
+
+
+PLACES = [way for way in WAYS if way not in ("ddp on 4", "fsdp on 1", "fsdp on 4")]
+PAIRS = [*permutations(PLACES, 2)]
+ROUND = [*zip(PLACES, [*PLACES[1:], PLACES[0]], strict=True)]
+
+
+def stayed(model: str, way: str) -> Case:
+    """The run that was made in one way throughout."""
+    return Case(model, "fp32", 1, way)
+
+
+@pytest.fixture(scope="module")
+def moved(root, tmp_path_factory):
+    """The folder of the runs that moved by a new start, by where they came from."""
+    folder = tmp_path_factory.mktemp("moved")
+    for before, _ in ROUND:
+        copy_checkpoint(root / str(stayed(MODELS[1], before)), folder / before, step=SAVED)
+    train_named(folder, {before: stayed(MODELS[1], after).run() for before, after in ROUND})
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), ROUND)
+def test_a_new_start_goes_on_in_another_way(root, moved, before, after):
+    expected = root / str(stayed(MODELS[1], before))
+    assert sorted(losses(moved / before)) == list(range(SAVED + 1, STEPS + 1))
+    assert_same_run(moved / before, expected)
+    assert_same_state(moved / before, expected)
+
+
+@pytest.fixture(scope="module")
+def gone_on(root, tmp_path_factory):
+    """By (before, after): the losses after each move of PAIRS, and the state that they led to."""
+    folder, found = tmp_path_factory.mktemp("gone on"), {}
+    for world_size in {WAYS[way][0] for way in PLACES}:
+        places = [way for way in PLACES if WAYS[way][0] == world_size]
+        configs = [
+            tiny_config(folder / way, *stayed(MODELS[0], way).run()[1]).to_json() for way in places
+        ]
+        runs = [
+            [str(root / str(stayed(MODELS[0], before))) for before in PLACES if before != after]
+            for after in places
+        ]
+        ways = run_distributed(_go_on, world_size, configs, runs, timeout=1200)[0]
+        for after, results in zip(places, ways, strict=True):
+            others = [before for before in PLACES if before != after]
+            found |= {(way, after): result for way, result in zip(others, results, strict=True)}
+    return found
+
+
+Result = tuple[list[float], dict[str, Tensor]]
+
+
+def _go_on(
+    rank: int, world_size: int, configs: list[str], runs: list[list[str]]
+) -> list[list[Result]]:
+    """In the way of each configuration, continue its runs from their middle, one after another."""
+    found = []
+    for config, run_dirs in zip(configs, runs, strict=True):
+        trainer = make_trainer(rank, world_size, config)
+        found.append([_go_on_from(trainer, Path(run_dir)) for run_dir in run_dirs])
+        trainer.watchdog.close()
+    return found
+
+
+def _go_on_from(trainer: Trainer, run_dir: Path) -> Result:
+    engine, made = trainer.engine, []
+    folder = manifest.step_folder(run_dir / "checkpoints", SAVED)
+    state = dict(engine.state())
+    read_state(folder, state, whole=True)
+    engine.take(state)
+    trainer.state = TrainState.from_dict(manifest.read(folder).record["state"])
+    stream = trainer.pipeline.batches(trainer.state.cursor, engine.backend.data_shard)
+    with closing(stream):
+        while trainer.state.step < STEPS:
+            loss = trainer.advance(list(islice(stream, 1)))["loss"]
+            dist.all_reduce(loss)
+            made.append(loss.item() / dist.get_world_size())
+    whole = {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        for name, tensor in engine.state()
+    }
+    return made, whole if dist.get_rank() == 0 else {}
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_the_state_of_any_way_goes_on_in_any_other(root, gone_on, before, after):
+    run_dir = root / str(stayed(MODELS[0], before))
+    made, state = gone_on[before, after]
+    expected = [loss for step, loss in losses(run_dir).items() if step > SAVED]
+    assert made == pytest.approx(expected, abs=1e-5, rel=0)
+    assert_same_tensors(state, saved_state(run_dir))

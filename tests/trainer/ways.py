@@ -68,11 +68,15 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 def assert_same_state(found: Path, expected: Path) -> None:
     """And in every number of the last checkpoint: weights, moments, buffers and averages."""
-    states = [saved_state(run_dir) for run_dir in (found, expected)]
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[1].items():
+    assert_same_tensors(saved_state(found), saved_state(expected))
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Two whole states agree."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         rtol, atol = TOLERANCES.get(name.split("/")[0], (0, 1e-5))
-        torch.testing.assert_close(states[0][name], tensor, rtol=rtol, atol=atol, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
 def grad_norms(run_dir: Path) -> dict[int, float]:
