@@ -74,9 +74,13 @@ class Case(NamedTuple):
 
 
 SPREAD = [way for way in WAYS if way != "fsdp on 3"]
-EXACT = [Case(model, "fp32", count, way) for model, count, way in product(MODELS, (1, 2), SPREAD)]
 # For time's sake every way runs each model once in bfloat16, and in turns the one or the other
-# accumulates.
+# accumulates; the many messages of TransXNet's BatchNorm among four accumulate under HSDP alone.
+EXACT = [
+    Case(model, "fp32", count, way)
+    for model, count, way in product(MODELS, (1, 2), SPREAD)
+    if model == MODELS[0] or count == 1 or way not in ("ddp on 4", "fsdp on 4")
+]
 HALVED = [
     Case(model, "bf16", 2 - (index + turn) % 2, way)
     for turn, model in enumerate(MODELS)
