@@ -46,25 +46,21 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_other_processes_the_losses_stay(tmp_path: Path) -> None:
-    # TransXNet's BatchNorm buffers travel too; 25 steps, five an epoch, of which 21 follow the
-    # first checkpoint.
+    # TransXNet's BatchNorm buffers travel too; 25 steps, five an epoch: epochs end on the way.
     arguments = ["--model.name", "transxnet_pico", "--train.epochs", "5"]
     arguments += ["--eval.every-epochs", "5"]
     before = tmp_path / "before"
     config = tiny_config(before, *arguments, "--checkpoint.every", "4")
     run_distributed(train, 2, config.to_json(), timeout=300)
-    arguments += ["--checkpoint.every", "25"]
-    for backend, world_size, saved in (("ddp", 1, 4), ("fsdp", 3, 20), ("zero2", 3, 20)):
-        after = tmp_path / f"{backend} on {world_size}"
-        copy_checkpoint(before, after, step=saved)
-        config = tiny_config(after, *arguments, "--backend.name", backend)
-        run_distributed(train, world_size, config.to_json(), timeout=300)
-        went_on = losses(after)
-        assert sorted(went_on) == list(range(saved + 1, 26))
-        expected = {step: loss for step, loss in losses(before).items() if step > saved}
-        assert went_on == pytest.approx(expected, abs=1e-4)
-        shown = [(line["epoch"], line["shown"]) for line in lines(after, "audit")]
-        assert shown == [(epoch, 120) for epoch in range(saved // 5, 5)]
+    after = tmp_path / "on three"
+    copy_checkpoint(before, after, step=4)
+    arguments += ["--backend.name", "fsdp", "--checkpoint.every", "25"]
+    run_distributed(train, 3, tiny_config(after, *arguments).to_json(), timeout=300)
+    assert sorted(losses(after)) == list(range(5, 26))
+    expected = {step: loss for step, loss in losses(before).items() if step > 4}
+    assert losses(after) == pytest.approx(expected, abs=1e-4)
+    shown = [(line["epoch"], line["shown"]) for line in lines(after, "audit")]
+    assert shown == [(epoch, 120) for epoch in range(5)]
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(tmp_path: Path) -> None:
