@@ -103,8 +103,7 @@ def pretrain(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         _print_settings(config)
         return 0
-    if overrides:
-        config = override(config, overrides)
+    config = override(config, overrides)
     if options.print_config:
         print(config.describe(), end="")
         return 0

@@ -39,7 +39,7 @@ def run(overrides: Sequence[str] = ()) -> int:
     """
     if num_gpus() < NUM_PROCESSES:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes cannot share one
-    config = override(recipe("demo"), overrides) if overrides else recipe("demo")
+    config = override(recipe("demo"), overrides)
     seconds: dict[str, float] = {}
     try:
         run_dir = rundir.prepare(config)

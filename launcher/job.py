@@ -25,7 +25,17 @@ from trainer.recipes import recipe
 
 from . import container, preflight, rundir, slurm
 from .local import python_environment
-from .process import REQUEUE, STOPPED, Failure, born, expand_hosts, failure_file
+from .process import (
+    BAD_NODE,
+    BAD_NUMERICS,
+    REQUEUE,
+    STOPPED,
+    USER_ERROR,
+    Failure,
+    born,
+    expand_hosts,
+    failure_file,
+)
 from .starts import End, Start, Starts, has_trained_to_the_end
 
 T = TypeVar("T")
@@ -35,7 +45,6 @@ CONTROLLER = 600.0
 """Seconds to wait for a controller that is restarted."""
 ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask for a stop."""
-USER_ERROR, BAD_NODE, BAD_NUMERICS = 2, 76, 77
 FINAL = (USER_ERROR, BAD_NUMERICS, STOPPED)
 """Exit codes after which another start would end in the same way."""
 
@@ -123,7 +132,7 @@ def _config(arguments: Sequence[str]) -> RunConfig:
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which recipe? python -m launcher.job RECIPE [--SECTION.SETTING VALUE ...]")
     name, *overrides = arguments
-    return override(recipe(name), overrides) if overrides else recipe(name)
+    return override(recipe(name), overrides)
 
 
 def go_on_with_frozen_code(code: Path) -> None:

@@ -24,8 +24,14 @@ from typing import Literal, TextIO
 from trainer import manifest
 from trainer.config import UserError
 
+USER_ERROR = 2
+"""Exit code of a mistake that the user can mend."""
 REQUEUE = 75
 """Exit code of workers that saved and stopped because a signal asked them to."""
+BAD_NODE = 76
+"""Exit code of workers one of which got stuck, and of a start one of whose nodes is not fit."""
+BAD_NUMERICS = 77
+"""Exit code of workers whose numbers went bad."""
 STOPPED = 78
 """Exit code of workers that saved and stopped because RUN/stop asked them to."""
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -16,8 +16,10 @@ import traceback
 from pathlib import Path
 
 from launcher.process import (
+    BAD_NUMERICS,
     REQUEUE,
     STOPPED,
+    USER_ERROR,
     Failure,
     Process,
     check_not_stopped,
@@ -29,7 +31,7 @@ from launcher.process import (
 
 from .config import RunConfig, UserError
 
-DONE, BUG, USER_ERROR, BAD_NUMERICS = 0, 1, 2, 77
+DONE, BUG = 0, 1
 
 
 def main() -> int:

@@ -282,6 +282,8 @@ def _is_switch(option: str, names: Sequence[str]) -> bool:
 
 
 def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    if not arguments:
+        return config
     import tyro  # only needed where somebody typed an override: it costs a third of a second
 
     said = io.StringIO()

@@ -93,7 +93,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
             aside.rename(final)
         check_generation(root, manifest.generation)
         raise
-    _sync_folder(root)
+    sync_folder(root)
     if aside.exists():
         shutil.rmtree(aside)
     return final
@@ -102,7 +102,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
 def remove(folder: Path) -> None:
     """Delete a checkpoint, manifest first, so that what is left of it is never taken for whole."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
     shutil.rmtree(folder)
 
 
@@ -266,7 +266,7 @@ def write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.part")
     write_durably(beside, [text.encode()])
     beside.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
@@ -295,7 +295,8 @@ def _write(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Let the names of the files in a folder reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -22,6 +22,7 @@ from models.base import Backbone
 from models.registry import build
 
 from .config import RunConfig
+from .manifest import sync_folder
 from .readings import Reading, failed
 from .sections import ModelConfig
 
@@ -156,7 +157,7 @@ def _write_and_read(folder: Path) -> dict[str, float]:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         marks.append(time.perf_counter())
         beside.rename(path)
-        _sync_folder(folder)
+        sync_folder(folder)
         marks.append(time.perf_counter())
         with path.open("rb") as file:
             same = all(file.read(_CHUNK) == chunk for _ in range(_CHUNKS))
@@ -168,11 +169,3 @@ def _write_and_read(folder: Path) -> dict[str, float]:
         raise RuntimeError(f"{folder}: other bytes are read than were written")
     spans = (end - begin for begin, end in pairwise(marks))
     return dict(zip(("write", "rename", "read"), spans, strict=True))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,13 +21,11 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from launcher.process import Failure, node_name
+from launcher.process import BAD_NODE, Failure, node_name
 
 from .control import Control
 from .manifest import write_atomically
 
-BAD_NODE = 76
-"""Exit code of a run in which a rank got stuck: start it again, perhaps without that machine."""
 _LOOKS = 8  # in the time after which a rank counts as stuck
 
 

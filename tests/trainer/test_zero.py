@@ -57,6 +57,14 @@ def go_on(
     return {way: run[0] for way, run in found.items()}, {way: run[0] for way, run in after.items()}
 
 
+def assert_same_losses(found, moved, alone, *, near):
+    """Runs lose what `alone` does, and those that moved, from the step after their move on."""
+    for losses in found.values():
+        assert losses == pytest.approx(alone, abs=near)
+    for losses in moved.values():
+        assert losses == pytest.approx({s: alone[s] for s in range(SAVED + 1, STEPS + 1)}, abs=near)
+
+
 def test_fp16_runs_agree_and_go_on_under_other_backends(tmp_path):
     ways = {
         "ddp": (1, ["--backend.name", "ddp", *FP16]),
@@ -64,11 +72,7 @@ def test_fp16_runs_agree_and_go_on_under_other_backends(tmp_path):
         "zero3": (2, ["--backend.name", "zero3", *FP16]),
     }
     found, moved = go_on(tmp_path, ways, {"ddp": "zero3", "zero1": "ddp", "zero3": "zero1"})
-    alone = found["ddp"]
-    for losses in found.values():
-        assert losses == pytest.approx(alone, abs=2e-3)
-    for losses in moved.values():
-        assert losses == pytest.approx({s: alone[s] for s in range(SAVED + 1, STEPS + 1)}, abs=2e-3)
+    assert_same_losses(found, moved, found["ddp"], near=2e-3)
 
 
 @pytest.mark.usefixtures("_reads_disks")
@@ -84,11 +88,7 @@ def test_runs_whose_state_is_on_a_disk_are_the_same_runs(tmp_path):
     found, moved = go_on(tmp_path, ways, moves)
     swapped = [path.name for path in disk.rglob("exp_avg_sq-*.swp")]
     assert len(swapped) == 2 * (2 + 1), "of each process in its run's folder"
-    alone = found["zero3"]
-    for losses in found.values():
-        assert losses == pytest.approx(alone, abs=1e-5)
-    for losses in moved.values():
-        assert losses == pytest.approx({s: alone[s] for s in range(SAVED + 1, STEPS + 1)}, abs=1e-5)
+    assert_same_losses(found, moved, found["zero3"], near=1e-5)
 
 
 @pytest.mark.usefixtures("_reads_disks")
