@@ -6,16 +6,15 @@ Owns what of it can be checked without Slurm.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.config import UserError
 
+from . import slurm
+
 WARNING = 300
 """Seconds before the time limit at which Slurm warns the driver: the time for the last save."""
-_TIME = r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?"
-"""Minutes, minutes:seconds, hours:minutes:seconds, or from days- on: hours, minutes, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +82,7 @@ def _seconds(time: str) -> float:
     """
     if time.lower() in ("infinite", "unlimited"):
         return math.inf
-    found = re.fullmatch(_TIME, time)
+    found = slurm.seconds(time)
     if found is None:
         raise UserError(f"--time is {time}: give minutes, HOURS:MINUTES:SECONDS, DAYS-HOURS or so")
-    days, *parts = found.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    units = (60, 1) if days is None and len(numbers) < 3 else (3600, 60, 1)
-    return 86400 * int(days or 0) + sum(map(math.prod, zip(numbers, units, strict=False)))
+    return found

@@ -23,6 +23,7 @@ from trainer import manifest
 from trainer.config import UserError
 
 from . import slurm
+from .jsonlines import objects, tail
 from .process import Failure
 from .table import duration, table
 
@@ -32,8 +33,8 @@ SWEEP_SCRIPT = ".sweep.sbatch"
 """What the array script of a sweep adds to the name that its run folders share."""
 _PATIENCE = 900.0
 """Seconds of silence that say nothing yet, where `guard.hang_seconds` does not say."""
-_HEAD, _TAIL = 2**12, 2**16
-"""Bytes read of metrics.jsonl: its first line, and well over 100 of its last."""
+_HEAD = 2**12
+"""Bytes of metrics.jsonl that hold its first line."""
 
 State = Literal[
     "running", "queued", "requeued", "stopped", "complete", "stale", "not started", "damaged"
@@ -142,7 +143,7 @@ def _run_of(job: slurm.Job) -> Path | None:
 def _last_job(run_dir: Path) -> int | None:
     """Return the job that the last line of RUN/logs/starts.jsonl names."""
     try:
-        starts = list(_lines(_tail(run_dir / "logs" / "starts.jsonl")))
+        starts = list(objects(tail(run_dir / "logs" / "starts.jsonl")))
     except OSError:
         return None
     job = _number(starts[-1], "job") if starts else None
@@ -258,7 +259,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
     How long the run is stands in the first, and in that of every later start.
     """
     try:
-        lines = [*_lines(_head(path)), *_lines(_tail(path))]
+        lines = [*objects(_head(path)), *objects(tail(path))]
     except FileNotFoundError:
         return []
     return [
@@ -271,23 +272,6 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(_HEAD)
-
-
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        return file.read()
-
-
-def _lines(text: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a piece of a file; lines that are cut at its ends are none."""
-    for line in text.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            yield value
 
 
 def _number(values: object, name: str) -> float | None:

@@ -6,6 +6,7 @@ a command. Slurm's own words reach the user when it refuses.
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from .process import expand_hosts
 PATIENCE = 60.0
 """Seconds after which a command that a busy controller does not answer has failed."""
 _UNREACHABLE = re.compile("contact slurm controller|timed out|Connection refused", re.IGNORECASE)
+_TIME = r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?"
+"""Minutes, minutes:seconds, hours:minutes:seconds, or from days- on: hours, minutes, seconds."""
 _SEPARATOR = "\x1f"
 # Not --json: its form is another one in every release of Slurm.
 _FORMAT = _SEPARATOR.join(["%A", "%K", "%j", "%T", "%r", "%N", "%x", "%L", "%o"])
@@ -59,7 +62,7 @@ class Job:
             reason=reason,
             nodes=_hosts(nodes),
             excluded=_hosts(excluded),
-            seconds_left=_seconds(left),
+            seconds_left=seconds(left),
             command=command,
         )
 
@@ -152,12 +155,12 @@ def _hosts(nodelist: str) -> tuple[str, ...]:
     return tuple(expand_hosts(nodelist)) if nodelist not in ("", "(null)", "n/a") else ()
 
 
-def _seconds(text: str) -> int | None:
-    """Return the seconds of [DAYS-][HOURS:]MINUTES:SECONDS, None of words such as UNLIMITED."""
-    if not re.fullmatch(r"(\d+-)?(\d+:)?\d+:\d+", text):
+def seconds(time: str) -> int | None:
+    """Return the seconds of a time as sbatch takes and squeue prints it, None of other words."""
+    found = re.fullmatch(_TIME, time)
+    if found is None:
         return None
-    days, _, clock = text.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + int(part)
-    return 86_400 * int(days or 0) + seconds
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    units = (60, 1) if days is None and len(numbers) < 3 else (3600, 60, 1)
+    return 86_400 * int(days or 0) + sum(map(math.prod, zip(numbers, units, strict=False)))

@@ -7,7 +7,6 @@ node that dies or a preemption without notice, gets no second line.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from typing import Any
 
 from trainer import manifest
 from trainer.config import UserError
+
+from .jsonlines import objects, tail
 
 FAILURES = 2
 """Starts of a job in a row that may end by themselves without a new checkpoint."""
@@ -118,12 +119,12 @@ class Starts:
     def read(self) -> tuple[list[Start], dict[tuple[int, int], End]]:
         """Return the starts, oldest first, and the ends by job and restart."""
         try:
-            lines = self._file.read_text().splitlines()
+            lines = self._file.read_bytes()
         except FileNotFoundError:
             return [], {}
         starts: list[Start] = []
         ends: dict[tuple[int, int], End] = {}
-        for values in filter(None, map(_parsed, lines)):
+        for values in objects(lines):  # one that a crash cut short counts as not written
             if "code" in values:
                 values["without"] = tuple(values["without"])
                 ends[values["job"], values["restart"]] = End(**values)
@@ -159,18 +160,7 @@ def newest_step(run_dir: Path) -> int:
 def has_trained_to_the_end(run_dir: Path) -> bool:
     """Return whether the last thing that a run's metrics say is that it is complete."""
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-            last = file.read().splitlines()[-1:]
+        last = tail(run_dir / "metrics.jsonl").splitlines()[-1:]
     except OSError:
         return False
-    return any((_parsed(line.decode()) or {}).get("kind") == "end" for line in last)
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Read a line; one that a crash cut short counts as not written."""
-    try:
-        values: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return values
+    return any(line.get("kind") == "end" for line in objects(b"".join(last)))
