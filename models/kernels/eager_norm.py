@@ -207,9 +207,9 @@ class _GeluNormLinear(torch.autograd.Function):
             grad_weight = product * norm.scale + torch.outer(grad_bias, norm.shift)
             products, grad_shift = (wide * product).sum(dim=0), grad_bias @ wide
             slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
-            rest = _onto(offset, active, slope)
+            rest = _onto(offset, active, slope).view_as(x)
             grad_active = _add_product(rest, grad, (wide * norm.scale).to(x.dtype))
-            grad_x = _gelu_backward(grad_active.view_as(x), x)
+            grad_x = _gelu_backward(grad_active, x)
         parameters = products * norm.inverse, grad_shift, grad_weight
         return grad_x, *parameters, grad_bias if ctx.needs_input_grad[4] else None, None, None
 
@@ -328,8 +328,14 @@ def _onto(offset: Tensor, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b` in their dtype, in place where it is the total's."""
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+    """`total + a @ b` in the shape of the total, and in place where it has their dtype.
+
+    The compiler knows no such product in place; its sum joins the pass that comes after.
+    """
+    if a.dtype != total.dtype or torch.compiler.is_compiling():
+        return total.add_((a @ b).view_as(total))
+    total.view(len(a), -1).addmm_(a, b)
+    return total
 
 
 def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
