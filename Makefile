@@ -74,8 +74,10 @@ system:
 pretrain: setup
 	.venv/bin/foveate demo
 
+# More processes than cores: many tests wait, for jobs, deadlines and what hangs on purpose.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
+	    --numprocesses $$(( ($$(nproc) * 3 + 1) / 2 )) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

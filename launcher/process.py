@@ -34,15 +34,17 @@ BAD_NUMERICS = 77
 """Exit code of workers whose numbers went bad."""
 STOPPED = 78
 """Exit code of workers that saved and stopped because RUN/stop asked them to."""
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def stopping_signals() -> list[signal.Signals]:
     """Return the signals that ask a run to save and stop, but for those that it is to ignore.
 
-    nohup has HUP ignored, and a shell without job control has INT ignored in the background.
+    nohup has HUP ignored, and a shell without job control has INT ignored in the background. That
+    the others are ignored concerns who started this process: USR1 ends a torchrun that heeds it.
     """
-    return [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    ignored = {n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN}
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    return [number for number in every if number not in ignored]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,5 +11,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Slow files first: at the end all processes have something to do.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # What may take longest comes first: at the end all processes have something to do.
+    items.sort(key=_patience, reverse=True)
+
+
+def _patience(item: pytest.Item) -> tuple[float, bool]:
+    timeout = item.get_closest_marker("timeout")
+    return timeout.args[0] if timeout else 0, item.get_closest_marker("slow") is not None
