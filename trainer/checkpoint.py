@@ -120,14 +120,14 @@ class Checkpointer:
         self.wait()
         self._on_first(lambda: manifest.remove_from(self.root, step))
 
-    def load(self, state: State, *, model: str) -> dict[str, Any] | None:
-        """Fill `state` in place from the newest good checkpoint; return its record.
+    def newest(self, *, model: str) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest good checkpoint, for `read_state`, and its record.
 
         Returns None where the run has no checkpoint yet. Damaged ones are named and skipped.
 
         Raises:
             UserError: if there are checkpoints but none is good, or the newest good one is of
-                another model than `model`, or holds other tensors than `state`.
+                another model than `model`.
         """
         folder, skipped = self._on_first(lambda: manifest.newest_good(self.root))
         for reason in skipped if self.group.rank() == 0 else ():
@@ -139,9 +139,7 @@ class Checkpointer:
                     "the folder to start anew"
                 )
             return None
-        record = check_model(folder, model)
-        read_state(folder, state, whole=True)
-        return record
+        return folder, check_model(folder, model)
 
     def _write_guarded(self, begin: float, *args: Any) -> None:
         try:

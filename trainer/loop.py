@@ -23,7 +23,7 @@ from data.base import Batch, Cursor, Stopped
 from data.ledger import settle
 from launcher.process import Process
 
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, read_state
 from .config import RunConfig
 from .control import Control
 from .determinism import be_deterministic
@@ -332,10 +332,12 @@ class Trainer:
 
     def _restore(self) -> TrainState:
         """Continue from the newest good checkpoint, or start."""
-        state = dict(self.engine.state())
-        record = self.checkpointer.load(state, model=self.config.model.name)
-        if record is None:
+        newest = self.checkpointer.newest(model=self.config.model.name)
+        if newest is None:
             return TrainState(step=0, cursor=self.pipeline.start())
+        folder, record = newest
+        state = dict(self.engine.state())
+        read_state(folder, state, whole=True)
         self.engine.take(state)
         self.guard.take(record["guard"])
         return TrainState.from_dict(record["state"])

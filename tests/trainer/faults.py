@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from tests.trainer.disk import on_small_disk
 from trainer import manifest
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, read_state
 from trainer.config import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -158,8 +158,10 @@ def restart(root: Path) -> None:
 def load(checkpointer: Checkpointer) -> int:
     """Load the newest good checkpoint and return its step; what is loaded is its state."""
     state = {name: torch.zeros_like(tensor) for name, tensor in state_of(0).items()}
-    record = checkpointer.load(state, model=MODEL)
-    assert record is not None, "the run begins anew"
+    newest = checkpointer.newest(model=MODEL)
+    assert newest is not None, "the run begins anew"
+    folder, record = newest
+    read_state(folder, state, whole=True)
     for name, tensor in state_of(record["step"]).items():
         assert torch.equal(state[name], tensor), name
     return int(record["step"])

@@ -61,7 +61,8 @@ def zeros(state):
 def load_whole(checkpointer, world_size):
     """Load into zeroed shares and return everything put together, with the record."""
     state = divided_state(world_size, zeros(whole_state()))
-    record = checkpointer.load(state, model=MODEL)
+    folder, record = checkpointer.newest(model=MODEL)
+    read_state(folder, state, whole=True)
     whole = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for name, tensor in state.items()
@@ -121,7 +122,12 @@ def alone(tmp_path_factory):
 
 def load(root, group, state, *, model=MODEL):
     """Load as a new start of the run does."""
-    return Checkpointer(root, group, keep_last=9).load(state, model=model)
+    newest = Checkpointer(root, group, keep_last=9).newest(model=model)
+    if newest is None:
+        return None
+    folder, record = newest
+    read_state(folder, state, whole=True)
+    return record
 
 
 def save(checkpointer, *steps, keep=None):
@@ -249,7 +255,7 @@ def test_a_damaged_later_one_never_displaces_a_good_one(alone, tmp_path):
     for step in (10, 15):
         truncate(manifest.step_folder(tmp_path, step))
     checkpointer = Checkpointer(tmp_path, alone, keep_last=1)
-    checkpointer.load(zeros(whole_state()), model=MODEL)
+    assert checkpointer.newest(model=MODEL)
     save(checkpointer, 7)  # stopped by a signal, say
     state = zeros(whole_state())
     assert load(tmp_path, alone, state) == RECORD | {"step": 7}
@@ -329,7 +335,8 @@ def save_on_nodes(rank, world_size, root):
             failed = message_of(checkpointer.wait)
         checkpointer = start(again)
         state = divided_state(world_size, zeros(whole_state()))
-        record = checkpointer.load(state, model=MODEL)
+        folder, record = checkpointer.newest(model=MODEL)
+        read_state(folder, state, whole=True)
         expected = divided_state(world_size, whole_state(record["step"]))
         equal = all(torch.equal(local(state[n]), local(t)) for n, t in expected.items())
         left = [str(path) for path in (root / name / again).rglob("*.safetensors")]
