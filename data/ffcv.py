@@ -181,8 +181,8 @@ def _require_ffcv() -> None:
         import ffcv.loader  # noqa: F401  # that it can be is all there is to know
     except ImportError as error:
         raise DataError(
-            f"data source ffcv_native needs the package ffcv ({error}): install `foveate[ffcv]`, "
-            "or read the .beton as source ffcv"
+            f"data source ffcv_native needs the package ffcv ({error}): install the extra ffcv, or "
+            "read the .beton as source ffcv"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,21 @@ def python(image: str, folders: Sequence[str]) -> list[str]:
 
 
 def folders(config: RunConfig, run_dir: Path) -> list[str]:
-    """Return the folders that the workers of a run read or write."""
-    data, local_dir = config.data, config.checkpoint.local_dir
+    """Return the folders and files that the workers of a run read or write."""
+    data, distill = config.data, config.distill
     named = [data.train, data.val] if data.source != "synthetic" else []
-    named = [folder for folder in named if "://" not in folder]
-    named += filter(None, [data.cache_dir, local_dir])
-    return [str(run_dir), *map(os.path.abspath, named)]
+    named += filter(None, map(_shards, named))
+    named += filter(None, [data.cache_dir, config.checkpoint.local_dir, config.backend.offload_dir])
+    named += filter(None, [distill.teacher, distill.weights])
+    # Not s3://bucket, nor the teacher timm:NAME; and containers cannot bind a path with a colon.
+    here = [os.path.abspath(place) for place in named if ":" not in place]
+    return [*dict.fromkeys([str(run_dir), *here])]
+
+
+def _shards(folder: str) -> str | None:
+    """Return where the shards lie that the index in a folder is of, if that is elsewhere."""
+    try:
+        base = json.loads((Path(folder) / "manifest.json").read_text())["base"]
+    except (OSError, ValueError, KeyError, TypeError):  # the workers will say what is wrong
+        return None
+    return base if isinstance(base, str) else None

@@ -121,7 +121,7 @@ def drive(arguments: Sequence[str]) -> int:
         f"from step {start.step}",
         flush=True,
     )
-    if config.cluster.preflight and (bad := _bad_nodes(config, run_dir, asked)):
+    if config.cluster.preflight and (bad := _bad_nodes(config, starts, start, asked)):
         return _avoid(starts, start, bad)
     moments += [("preflight", time.time())]
     status = Step(config, run_dir, start, asked=asked, moments=moments).run()
@@ -207,12 +207,15 @@ def worker_command(config: RunConfig, run_dir: Path, *, image: str) -> list[str]
     return [*python, "-m", "trainer", "--config", str(run_dir / "config.json")]
 
 
-def _bad_nodes(config: RunConfig, run_dir: Path, asked: Sequence[signal.Signals]) -> list[str]:
+def _bad_nodes(
+    config: RunConfig, starts: Starts, start: Start, asked: Sequence[signal.Signals]
+) -> list[str]:
     """Return the nodes that fail their checks, none if the job is to stop: that ends checks too."""
     try:
-        bad = preflight.check(run_dir, config)
-    except UserError:
+        bad = preflight.check(starts.run_dir, config)
+    except UserError as error:
         if not asked:
+            starts.end(start, code=USER_ERROR, why=f"error: {error}")
             raise
     return [] if asked else bad
 
@@ -267,7 +270,11 @@ def _queue_again(starts: Starts, start: Start, end: End) -> int:
         )
         return end.code
     if not _patiently(lambda: slurm.may_requeue(start.job)):
-        print("the job may not be queued again: the next of a chain goes on", flush=True)
+        print(
+            f"job {start.job} may not be queued again: where no job of a chain follows, submit it "
+            "again",
+            flush=True,
+        )
         return end.code
     avoiding = f", without {', '.join(end.without)}" if end.without else ""
     print(f"job {start.job} is queued again{avoiding}", flush=True)

@@ -142,12 +142,16 @@ def _run_of(job: slurm.Job) -> Path | None:
 
 def _last_job(run_dir: Path) -> int | None:
     """Return the job that the last line of RUN/logs/starts.jsonl names."""
-    try:
-        starts = list(objects(tail(run_dir / "logs" / "starts.jsonl")))
-    except OSError:
-        return None
-    job = _number(starts[-1], "job") if starts else None
+    job = _number(_last_start(run_dir), "job")
     return None if job is None else int(job)
+
+
+def _last_start(run_dir: Path) -> dict[str, Any]:
+    """Return the last line of RUN/logs/starts.jsonl: how a job began or ended; or nothing."""
+    try:
+        return next(reversed(list(objects(tail(_starts(run_dir))))), {})
+    except OSError:
+        return {}
 
 
 def look(run_dir: Path, jobs: Sequence[slurm.Job] = ()) -> Run:
@@ -197,10 +201,13 @@ def _state(
     course = [event["kind"] for event in events if event["kind"] in ("start", "stop", "end")]
     if course[-1:] == ["end"]:
         return "complete", None
-    failure, silence = Failure.read(run_dir), _silence(run_dir)
+    failure, sign, last = Failure.read(run_dir), _newest_sign(run_dir), _last_start(run_dir)
+    silence = None if sign is None else _age(sign)
     if jobs and _waits(jobs[0]):
         reason = None if jobs[0].reason == "None" else jobs[0].reason
-        return "requeued" if _last_job(run_dir) == jobs[0].id else "queued", reason
+        return "requeued" if last.get("job") == jobs[0].id else "queued", reason
+    if not jobs and "why" in last and sign == _starts(run_dir):
+        return "stopped", str(last["why"]).strip().rpartition("\n")[2]
     if not jobs and failure is not None:
         return "stopped", failure.message.strip().rpartition("\n")[2]
     if not jobs and course[-1:] == ["stop"]:
@@ -212,14 +219,17 @@ def _state(
     return "running", None
 
 
-def _silence(run_dir: Path) -> float | None:
-    """Return the seconds since a sign of life: of the job, of rank 0 or of its watchdog."""
+def _starts(run_dir: Path) -> Path:
+    return run_dir / "logs" / "starts.jsonl"
+
+
+def _newest_sign(run_dir: Path) -> Path | None:
+    """Return what was written last by what lives: the job, rank 0 or its watchdog."""
     logs = run_dir / "logs"
-    signs = (
-        run_dir / "metrics.jsonl",
-        *(logs / name for name in ("starts.jsonl", "rank_00000.log", "place_00000.json")),
-    )
-    return min((age for age in map(_age, signs) if age is not None), default=None)
+    signs = (run_dir / "metrics.jsonl", logs / "rank_00000.log", logs / "place_00000.json")
+    ages = {sign: _age(sign) for sign in (*signs, _starts(run_dir))}
+    alive = {sign: age for sign, age in ages.items() if age is not None}
+    return min(alive, key=lambda sign: alive[sign], default=None)
 
 
 def _patience(config: Mapping[str, Any]) -> float:

@@ -14,7 +14,8 @@ import pytest
 from launcher import rundir, runs, slurm
 from launcher.__main__ import main
 from launcher.local import python_environment
-from launcher.process import Failure
+from launcher.process import Failure, failure_file
+from launcher.starts import Starts
 from trainer import manifest
 from trainer.config import UserError, override
 from trainer.recipes import recipe
@@ -95,6 +96,21 @@ def test_a_run_that_failed_says_why(tmp_path):
     Failure(rank=1, code=1, message="Traceback:\n  line\nRuntimeError: no memory\n").leave(run)
     found = runs.look(run)
     assert (found.state, found.why) == ("stopped", "RuntimeError: no memory")
+
+
+def test_a_run_whose_job_gave_up_says_why_until_something_lives_again(tmp_path):
+    run = make_run(tmp_path / "run", START, TRAIN | {"step": 30}, silence=60)
+    Failure(rank=1, code=1, message="of an earlier start").leave(run)
+    starts = Starts(run)
+    start = starts.begin(job=7, restart=0, nodes=("a",), processes=1)
+    starts.end(start, code=76, why="error: the checks of a failed", without=["a"])
+    found = runs.look(run)
+    assert (found.state, found.why) == ("stopped", "error: the checks of a failed")
+    assert runs.look(run, [job()]).state == "running"
+    age(run, 60)
+    (run / "logs" / "rank_00000.log").write_text("on this machine now")
+    failure_file(run).unlink()
+    assert runs.look(run).state == "running"
 
 
 def test_a_run_that_a_signal_stopped_is_stopped_until_it_starts_again(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
+from launcher import container
 from launcher.job import Allocation, worker_command
 from launcher.starts import Starts
 from trainer import manifest
@@ -134,3 +136,20 @@ def test_containers_see_the_folders_that_a_run_needs(run):
         *worker,
     ]
     assert worker_command(config, run, image="")[1:] == worker[1:]
+
+
+def test_containers_see_what_lies_elsewhere(run, tmp_path):
+    shards, index = tmp_path / "shards", tmp_path / "index"
+    index.mkdir()
+    (index / "manifest.json").write_text(json.dumps({"base": str(shards)}))
+    config = override(
+        recipe("transnext_base"),
+        [
+            *("--data.train", str(index), "--data.val", str(index)),
+            *("--backend.name", "zero3", "--backend.offload", "all"),
+            *("--backend.offload-dir", "/nvme", "--distill.teacher", "timm:resnet50"),
+            *("--distill.weights", "/teacher/w.safetensors"),
+        ],
+    )
+    wanted = [str(run), str(index), str(shards), "/nvme", "/teacher/w.safetensors"]
+    assert container.folders(config, run) == wanted
