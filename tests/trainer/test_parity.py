@@ -75,7 +75,14 @@ class Case(NamedTuple):
 
 SPREAD = [way for way in WAYS if way != "fsdp on 3"]
 EXACT = [Case(*case) for case in product(MODELS, ("fp32",), (1, 2), SPREAD)]
-HALVED = [Case(*case) for case in product(MODELS, ("bf16",), (1, 2), SPREAD)]
+# For time's sake, in bfloat16, one way or the other accumulates, and TransXNet, whose BatchNorm
+# sends many messages, runs in some ways only.
+HALVED = [
+    Case(model, "bf16", 2 - (index + turn) % 2, way)
+    for turn, model in enumerate(MODELS)
+    for index, way in enumerate(SPREAD)
+    if model == MODELS[0] or way in (ALONE, "fsdp on 2", "hsdp on 2 × 2", "zero3 on 2")
+]
 # How far losses are from float32's and from one another's; measured are 0.0008 and 0.003.
 ROUNDING = {"transnext_pico": 0.003, "transxnet_pico": 0.01}
 PLAIN = Case(MODELS[0], "fp32", 1, ALONE)
