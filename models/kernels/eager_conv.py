@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .eager import full_precision
-from .eager_depthwise import depthwise_conv
+from .eager_depthwise import depthwise_conv, narrow_gradients
 
 
 def conv_glu(
@@ -59,18 +59,5 @@ class _ConvGLU(torch.autograd.Function):
             grad_hidden = grad @ weight
             grad_value = active.mul_(grad_hidden)
             grad_conv = torch.ops.aten.gelu_backward(grad_hidden.mul_(value), conv)
-            grad_gate, grad_conv_weight, grad_conv_bias = torch.ops.aten.convolution_backward(
-                grad_conv.permute(0, 3, 1, 2),
-                gate.permute(0, 3, 1, 2),
-                conv_weight,
-                conv_bias.shape,
-                stride=(1, 1),
-                padding=(1, 1),
-                dilation=(1, 1),
-                transposed=False,
-                output_padding=(0, 0),
-                groups=len(conv_bias),
-                output_mask=(True, True, True),
-            )
-        grad_gate = grad_gate.permute(0, 2, 3, 1)
-        return grad_gate, grad_value, grad_conv_weight, grad_conv_bias, grad_weight, rows.sum(dim=0)
+            grad_gate, *grad_parameters = narrow_gradients(gate, grad_conv, conv_weight)
+        return grad_gate, grad_value, *grad_parameters, grad_weight, rows.sum(dim=0)

@@ -123,9 +123,33 @@ def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
     return out
 
 
-# One operator to the compiler, which would copy every shifted map. Exported copies of this file
-# may be imported beside it: each names its own.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::wide_gradient", mutates_args=())
+# Operators to the compiler, which would copy every shifted map, and rearrange maps for convolutions
+# so that their channels come first. Exported copies of this file may be imported beside it: each
+# names its own.
+_NAMES = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMES}::narrow_gradients", mutates_args=())
+def narrow_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias of a depthwise convolution of stride 1, at once.
+
+    x and grad [B, H, W, C], weight [C, 1, K, K], all of one dtype, the gradients' as well.
+    """
+    planes, grads = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    margin = (weight.shape[-1] // 2,) * 2
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grads, planes, weight, [len(weight)], (1, 1), margin, (1, 1), False, (0, 0), len(weight),
+        (True, True, True),
+    )  # fmt: skip
+    return grad_x.permute(0, 2, 3, 1).contiguous(), grad_weight, grad_bias
+
+
+@narrow_gradients.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+@torch.library.custom_op(f"{_NAMES}::wide_gradient", mutates_args=())
 def _wide_gradient(x: Tensor, grad: Tensor, side: int) -> Tensor:
     """`weight_gradient` of kernels too wide for the CPU, three columns at a time.
 
