@@ -25,6 +25,7 @@ from trainer.config import UserError
 from . import slurm
 from .jsonlines import objects, tail
 from .process import Failure
+from .starts import starts_file
 from .table import duration, table
 
 SCRIPT = "job.sbatch"
@@ -149,7 +150,7 @@ def _last_job(run_dir: Path) -> int | None:
 def _last_start(run_dir: Path) -> dict[str, Any]:
     """Return the last line of RUN/logs/starts.jsonl: how a job began or ended; or nothing."""
     try:
-        return next(reversed(list(objects(tail(_starts(run_dir))))), {})
+        return next(reversed(list(objects(tail(starts_file(run_dir))))), {})
     except OSError:
         return {}
 
@@ -201,15 +202,15 @@ def _state(
     course = [event["kind"] for event in events if event["kind"] in ("start", "stop", "end")]
     if course[-1:] == ["end"]:
         return "complete", None
-    failure, sign, last = Failure.read(run_dir), _newest_sign(run_dir), _last_start(run_dir)
-    silence = None if sign is None else _age(sign)
+    failure, signs, last = Failure.read(run_dir), _signs(run_dir), _last_start(run_dir)
+    silence = min(signs.values(), default=None)
     if jobs and _waits(jobs[0]):
         reason = None if jobs[0].reason == "None" else jobs[0].reason
         return "requeued" if last.get("job") == jobs[0].id else "queued", reason
-    if not jobs and "why" in last and sign == _starts(run_dir):
-        return "stopped", str(last["why"]).strip().rpartition("\n")[2]
+    if not jobs and "why" in last and signs.get(starts_file(run_dir)) == silence:
+        return "stopped", _last_line(str(last["why"]))
     if not jobs and failure is not None:
-        return "stopped", failure.message.strip().rpartition("\n")[2]
+        return "stopped", _last_line(failure.message)
     if not jobs and course[-1:] == ["stop"]:
         return "stopped", "by a signal"
     if not jobs and silence is None:
@@ -219,17 +220,16 @@ def _state(
     return "running", None
 
 
-def _starts(run_dir: Path) -> Path:
-    return run_dir / "logs" / "starts.jsonl"
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
-def _newest_sign(run_dir: Path) -> Path | None:
-    """Return what was written last by what lives: the job, rank 0 or its watchdog."""
+def _signs(run_dir: Path) -> dict[Path, float]:
+    """Return the signs of life, of the job, rank 0 and its watchdog, and how many seconds old."""
     logs = run_dir / "logs"
     signs = (run_dir / "metrics.jsonl", logs / "rank_00000.log", logs / "place_00000.json")
-    ages = {sign: _age(sign) for sign in (*signs, _starts(run_dir))}
-    alive = {sign: age for sign, age in ages.items() if age is not None}
-    return min(alive, key=lambda sign: alive[sign], default=None)
+    ages = {sign: _age(sign) for sign in (*signs, starts_file(run_dir))}
+    return {sign: age for sign, age in ages.items() if age is not None}
 
 
 def _patience(config: Mapping[str, Any]) -> float:

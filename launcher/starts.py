@@ -63,7 +63,7 @@ class Starts:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self._file = run_dir / "logs" / "starts.jsonl"
+        self._file = starts_file(run_dir)
 
     def begin(self, *, job: int, restart: int, nodes: tuple[str, ...], processes: int) -> Start:
         """Note that a start begins and return it.
@@ -145,6 +145,11 @@ class Starts:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise UserError(f"{self._file} cannot be written: {error.strerror}") from None
+
+
+def starts_file(run_dir: Path) -> Path:
+    """Return where a run's starts are listed."""
+    return run_dir / "logs" / "starts.jsonl"
 
 
 def newest_step(run_dir: Path) -> int:

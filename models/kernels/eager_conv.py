@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .eager import full_precision
-from .eager_depthwise import depthwise_conv, narrow_gradients
+from .eager_depthwise import conv_gradients, depthwise_conv
 
 
 def conv_glu(
@@ -59,5 +59,5 @@ class _ConvGLU(torch.autograd.Function):
             grad_hidden = grad @ weight
             grad_value = active.mul_(grad_hidden)
             grad_conv = torch.ops.aten.gelu_backward(grad_hidden.mul_(value), conv)
-            grad_gate, *grad_parameters = narrow_gradients(gate, grad_conv, conv_weight)
+            grad_gate, *grad_parameters = conv_gradients(gate, grad_conv, conv_weight)
         return grad_gate, grad_value, *grad_parameters, grad_weight, rows.sum(dim=0)

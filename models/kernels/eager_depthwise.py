@@ -129,8 +129,8 @@ def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
 _NAMES = __name__.replace(".", "_")
 
 
-@torch.library.custom_op(f"{_NAMES}::narrow_gradients", mutates_args=())
-def narrow_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(f"{_NAMES}::conv_gradients", mutates_args=())
+def conv_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias of a depthwise convolution of stride 1, at once.
 
     x and grad [B, H, W, C], weight [C, 1, K, K], all of one dtype, the gradients' as well.
@@ -144,7 +144,7 @@ def narrow_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, T
     return grad_x.permute(0, 2, 3, 1).contiguous(), grad_weight, grad_bias
 
 
-@narrow_gradients.register_fake
+@conv_gradients.register_fake
 def _(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 

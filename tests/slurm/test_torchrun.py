@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist import free_port
-from tests.slurm.runs import SMALL, TINY, assert_same_run, run_of, wait_for_checkpoint
+from tests.slurm.runs import SMALL, STEPS, TINY, assert_same_run, run_of, wait_for_checkpoint
 from tests.trainer.runs import lines, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -44,4 +44,5 @@ def test_workers_of_torchrun_save_at_the_warning_and_go_on(cluster, tmp_path):
     first, second = lines(run, "start")
     assert (first["step"], first["world_size"], second["world_size"]) == (0, 4, 4)
     assert second["step"] == lines(run, "stop")[0]["step"] > 0
+    assert list(losses(run)) == list(range(1, STEPS + 1))
     assert_same_run(run, losses(run))

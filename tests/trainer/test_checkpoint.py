@@ -58,11 +58,20 @@ def zeros(state):
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
+def fill(state, checkpointer, *, model=MODEL):
+    """Fill `state` from the newest good checkpoint and return its record, None without one."""
+    newest = checkpointer.newest(model=model)
+    if newest is None:
+        return None
+    folder, record = newest
+    read_state(folder, state, whole=True)
+    return record
+
+
 def load_whole(checkpointer, world_size):
     """Load into zeroed shares and return everything put together, with the record."""
     state = divided_state(world_size, zeros(whole_state()))
-    folder, record = checkpointer.newest(model=MODEL)
-    read_state(folder, state, whole=True)
+    record = fill(state, checkpointer)
     whole = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for name, tensor in state.items()
@@ -122,12 +131,7 @@ def alone(tmp_path_factory):
 
 def load(root, group, state, *, model=MODEL):
     """Load as a new start of the run does."""
-    newest = Checkpointer(root, group, keep_last=9).newest(model=model)
-    if newest is None:
-        return None
-    folder, record = newest
-    read_state(folder, state, whole=True)
-    return record
+    return fill(state, Checkpointer(root, group, keep_last=9), model=model)
 
 
 def save(checkpointer, *steps, keep=None):
@@ -335,8 +339,7 @@ def save_on_nodes(rank, world_size, root):
             failed = message_of(checkpointer.wait)
         checkpointer = start(again)
         state = divided_state(world_size, zeros(whole_state()))
-        folder, record = checkpointer.newest(model=MODEL)
-        read_state(folder, state, whole=True)
+        record = fill(state, checkpointer)
         expected = divided_state(world_size, whole_state(record["step"]))
         equal = all(torch.equal(local(state[n]), local(t)) for n, t in expected.items())
         left = [str(path) for path in (root / name / again).rglob("*.safetensors")]
