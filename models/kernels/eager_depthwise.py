@@ -145,7 +145,7 @@ def conv_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 @conv_gradients.register_fake
-def _(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_gradient_shapes(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
@@ -184,7 +184,7 @@ def _fill(rows: Tensor, x: Tensor) -> Tensor:
 
 
 @_wide_gradient.register_fake
-def _(x: Tensor, grad: Tensor, side: int) -> Tensor:
+def _wide_gradient_shape(x: Tensor, grad: Tensor, side: int) -> Tensor:
     return x.new_empty(x.shape[-1], 1, side, side)
 
 
