@@ -16,6 +16,10 @@ from torch.nn import functional as F
 # Up to this many tokens all pairs at once, by matrix products, beat nine passes over the map.
 SMALL_GRID = 64
 
+# Where operators of the compiler are named. Exported copies of this file may be imported beside it:
+# each has a place of its own.
+LIBRARY = __name__.replace(".", "_")
+
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch what is computed on `x`'s device."""

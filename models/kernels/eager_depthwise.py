@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from .eager import full_precision, wide_dtype
+from .eager import LIBRARY, full_precision, wide_dtype
 
 # On the CPU the weight gradient of a kernel wider than this costs ten times its arithmetic:
 # oneDNN has no depthwise form of it and pads every channel to sixteen.
@@ -124,12 +124,8 @@ def weight_gradient(x: Tensor, grad: Tensor, *, side: int) -> Tensor:
 
 
 # Operators to the compiler, which would copy every shifted map, and rearrange maps for convolutions
-# so that their channels come first. Exported copies of this file may be imported beside it: each
-# names its own.
-_NAMES = __name__.replace(".", "_")
-
-
-@torch.library.custom_op(f"{_NAMES}::conv_gradients", mutates_args=())
+# so that their channels come first.
+@torch.library.custom_op(f"{LIBRARY}::conv_gradients", mutates_args=())
 def conv_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias of a depthwise convolution of stride 1, at once.
 
@@ -149,7 +145,7 @@ def _conv_gradient_shapes(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tens
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
-@torch.library.custom_op(f"{_NAMES}::wide_gradient", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::wide_gradient", mutates_args=())
 def _wide_gradient(x: Tensor, grad: Tensor, side: int) -> Tensor:
     """`weight_gradient` of kernels too wide for the CPU, three columns at a time.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from .eager import full_precision, wide_dtype, widen
+from .eager import LIBRARY, full_precision, wide_dtype, widen
 from .eager_depthwise import scaled_residual_conv, sums_inside, tap_sums, weight_gradient
 
 Group = distributed.ProcessGroup | None
@@ -284,19 +284,21 @@ def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     return mean.to(dtype), variance.to(dtype), count.to(dtype)
 
 
+# An operator to the compiler, which has no code for torch's own, and would write another map to sum
+# over it.
+@torch.library.custom_op(f"{LIBRARY}::local_statistics", mutates_args=())
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of this process's map."""
-    if x.is_meta or torch.compiler.is_compiling():  # where the faster operator is not implemented
-        wide, size = widen(x), x.numel() // x.shape[-1]
-        # In one pass, around a value that cannot be far from the mean.
-        pivot = wide[0, 0].mean(dim=0)
-        centred = wide - pivot
-        mean, square = (_sum(part) / size for part in (centred, centred.square()))
-        return pivot + mean, (square - mean.square()).clamp_min(0)
+    """Mean and variance [C] of this process's map, at least in float32."""
     # The statistics get the dtype of the running ones, which nothing reads here.
     running = [x.new_zeros(x.shape[-1], dtype=wide_dtype(x)) for _ in range(2)]
     planes = x.permute(0, 3, 1, 2)
     mean, variance = torch.batch_norm_update_stats(planes, running[0], running[1], 0.0)
+    return mean, variance
+
+
+@_local_statistics.register_fake
+def _statistics_shapes(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, variance = (x.new_empty(x.shape[-1], dtype=wide_dtype(x)) for _ in range(2))
     return mean, variance
 
 
