@@ -7,6 +7,7 @@ follows `timm:` is a name of the timm library's.
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
@@ -14,6 +15,9 @@ from .base import Backbone, ModelError
 from .timm_model import TimmModel
 from .transnext import PositionMode, TransNeXt, TransNeXtConfig
 from .transxnet import TransXNet, TransXNetConfig
+
+if find_spec("triton"):
+    from .kernels import fused as fused
 
 MODELS: dict[str, TransNeXtConfig | TransXNetConfig] = {
     "transnext_pico": TransNeXtConfig(

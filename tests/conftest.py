@@ -8,6 +8,7 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts, and for every child
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -107,6 +107,7 @@ def _rank(
     environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)
+    faulthandler.enable()  # a crash shows where it crashes
     faulthandler.dump_traceback_later(0.9 * timeout)  # a hang shows where it hangs
     gc.freeze()  # DeepSpeed collects garbage often: what was imported need not be looked at
     try:

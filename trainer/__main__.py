@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import faulthandler
 import os
 import sys
 import traceback
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the run folder's config.json")
     path = parser.parse_args().config
+    faulthandler.enable()  # a crash in somebody's native code shows where it was called
     try:
         config = RunConfig.read(path)
         process = Process.from_environment(os.environ)

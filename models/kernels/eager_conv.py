@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .choice import form
 from .eager import full_precision
 from .eager_depthwise import conv_gradients, depthwise_conv
 
@@ -28,7 +29,7 @@ def conv_glu(
     """
     parameters = (parameter.to(gate.dtype) for parameter in (conv_weight, conv_bias, weight, bias))
     with full_precision(gate):
-        out: Tensor = _ConvGLU.apply(gate, value, *parameters)
+        out: Tensor = form("conv_glu", _ConvGLU, gate).apply(gate, value, *parameters)
     return out
 
 

@@ -1,0 +1,6 @@
+"""Imports every operator that has a form in Triton, which then offers itself to `choice`.
+
+For models that are built here: exported ones do without.
+"""
+
+from . import triton_conv_glu as triton_conv_glu
