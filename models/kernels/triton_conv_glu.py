@@ -55,9 +55,9 @@ def gated_conv(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> Ten
     """
     gate, value = gate.contiguous(), value.contiguous()
     out = torch.empty_like(value)
-    grid, _ = _grid(gate)
     launch(
-        gated_conv_kernel, grid, gate, value, weight.contiguous(), bias, out, *gate.shape[1:],
+        gated_conv_kernel, _grid(gate), gate, value, weight.contiguous(), bias,
+        out, *gate.shape[1:],
         ROWS=ROWS, BLOCK=BLOCK, num_warps=BLOCK // 32,
     )  # fmt: skip
     return out
@@ -70,9 +70,9 @@ def gated_conv_gradients(
     """What `gated_conv` returned, and the gradients of its gate, value, weight and bias."""
     grad, gate, value = grad.contiguous(), gate.contiguous(), value.contiguous()
     out, grad_gate, grad_value = (torch.empty_like(value) for _ in range(3))
-    grid, strips = _grid(gate)
+    grid = _grid(gate)
     # Each strip's sums, added up in one order whatever the order of the programs.
-    sums = gate.new_empty(strips, 10, gate.shape[-1], dtype=torch.float32)
+    sums = gate.new_empty(grid[0], 10, gate.shape[-1], dtype=torch.float32)
     launch(
         gated_conv_gradients_kernel, grid, grad, gate, value, weight.contiguous(), bias,
         out, grad_gate, grad_value, sums, *gate.shape[1:],
@@ -107,11 +107,10 @@ def _gated_conv_gradient_flops(grad_shape: torch.Size, *shapes: Any, **_: Any) -
     return 3 * 2 * 9 * grad_shape.numel()
 
 
-def _grid(gate: Tensor) -> tuple[tuple[int, int], int]:
-    """The programs, and of how many strips they are."""
+def _grid(gate: Tensor) -> tuple[int, int]:
+    """The programs: strips, and blocks of channels."""
     batch, height, _, channels = gate.shape
-    strips = batch * -(-height // ROWS)
-    return (strips, -(-channels // BLOCK)), strips
+    return batch * -(-height // ROWS), -(-channels // BLOCK)
 
 
 FASTER["conv_glu"] = _ConvGLU

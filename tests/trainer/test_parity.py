@@ -75,7 +75,12 @@ class Case(NamedTuple):
 
 SPREAD = [way for way in WAYS if way != "fsdp on 3"]
 EXACT = [Case(*case) for case in product(MODELS, ("fp32",), (1, 2), SPREAD)]
-HALVED = [case._replace(precision="bf16") for case in EXACT]
+# TransXNet's BatchNorm sends many messages: in bfloat16 every other way accumulates, and no more.
+HALVED = [
+    Case(model, "bf16", accumulate, way)
+    for model, accumulate, (index, way) in product(MODELS, (1, 2), enumerate(SPREAD))
+    if model == MODELS[0] or index % 2 == accumulate - 1
+]
 # How far losses are from float32's and from one another's; measured are 0.0008 and 0.003.
 ROUNDING = {"transnext_pico": 0.003, "transxnet_pico": 0.01}
 PLAIN = Case(MODELS[0], "fp32", 1, ALONE)
@@ -108,7 +113,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def root(tmp_path_factory):
     """The folder in which every run has its own, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    cases = {*EXACT, *HALVED, *(stayed(model, way) for model, way in product(MODELS, PLACES))}
+    cases = {*EXACT, *HALVED, *(case.alone() for case in HALVED)}
+    cases |= {stayed(model, way) for model, way in product(MODELS, PLACES)}
     runs = {str(case): case.run() for case in sorted(cases)}
     runs |= {name: run_of(way) for name, (_, way) in SPECIAL.items()}
     runs |= {f"recomputed, {name}": run_of(WAYS[name], *HALF) for name in RECOMPUTED}

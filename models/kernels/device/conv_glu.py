@@ -44,7 +44,7 @@ def gated_conv_kernel(
             conv = constant + _convolve(left, here, right, taps, i)
             row = top + i
             place = (row * width + column) * num_channels
-            tl.store(out + place, _gelu(conv) * values[i], mask=inside & (row < height))
+            tl.store(out + place, conv * _below(conv) * values[i], mask=inside & (row < height))
         left = here
         here = right
 
@@ -84,6 +84,7 @@ def gated_conv_gradients_kernel(
         grad_value + image + channels,
     )
     taps = _load_taps(weight, channels, inside)
+    turned = _turned(taps)
     constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
 
     left = _nothing(ROWS + 4, BLOCK)
@@ -100,9 +101,10 @@ def gated_conv_gradients_kernel(
         grad_right = ()
         for i in tl.static_range(ROWS + 2):
             conv = constant + _convolve(left, here, right, taps, i)
-            active = _gelu(conv)
+            below = _below(conv)
+            active = conv * below
             # Nothing flows from outside the map: there, grads are 0.
-            grad_conv = grads[i] * values[i] * _gelu_slope(conv)
+            grad_conv = grads[i] * values[i] * (below + conv * _density(conv))
             grad_right = grad_right + (grad_conv,)
             if i > 0 and i <= ROWS:
                 row = top + i - 1
@@ -115,7 +117,7 @@ def gated_conv_gradients_kernel(
         for i in tl.static_range(ROWS):
             row = top + i
             place = (row * width + column - 1) * num_channels
-            total = _correlate(grad_left, grad_here, grad_right, taps, i)
+            total = _convolve(grad_left, grad_here, grad_right, turned, i)
             tl.store(grad_gate + place, total, mask=inside & (row < height) & (column > 0))
         left = here
         here = right
@@ -169,16 +171,12 @@ def _convolve(left, here, right, taps, ROW: tl.constexpr):
 
 
 @triton.jit
-def _correlate(left, here, right, taps, ROW: tl.constexpr):
-    """`_convolve` with the kernel turned by half a turn."""
-    total = left[ROW] * taps[8]
-    total += here[ROW] * taps[7]
-    total += right[ROW] * taps[6]
-    for i in tl.static_range(1, 3):
-        total += left[ROW + i] * taps[8 - 3 * i]
-        total += here[ROW + i] * taps[7 - 3 * i]
-        total += right[ROW + i] * taps[6 - 3 * i]
-    return total
+def _turned(taps):
+    """A kernel turned by half a turn."""
+    turned = ()
+    for tap in tl.static_range(9):
+        turned = turned + (taps[8 - tap],)
+    return turned
 
 
 @triton.jit
@@ -193,13 +191,12 @@ def _add_sums(totals, left, here, right, grad, ROW: tl.constexpr):
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+def _below(x):
+    """The normal distribution: GELU is x times this."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
-def _gelu_slope(x):
-    """GELU's derivative: the normal distribution, and x times its density."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(
-        -0.5 * x * x
-    )
+def _density(x):
+    """Its density: GELU's derivative is the distribution, and x times this."""
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
