@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .shares import whole
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 RMS = 0.2  # of AdamW's usual steps
@@ -69,7 +71,7 @@ class Muon(torch.optim.AdamW):
             dressed = self.dress(self.names[weight], direction)
             alike[dressed.shape].append((weight, dressed))
         for shape, members in alike.items():  # matrices of a shape go through together
-            matrices = torch.stack([_whole(dressed).flatten(1) for _, dressed in members])
+            matrices = torch.stack([whole(dressed).flatten(1) for _, dressed in members])
             scale = RMS * math.sqrt(max(matrices.shape[1:])) * group["lr"]
             moves = orthogonalise(matrices) * (scale * keep)
             for (weight, dressed), move in zip(members, moves, strict=True):
@@ -105,13 +107,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _whole(dressed: Tensor) -> Tensor:
-    return dressed.full_tensor() if isinstance(dressed, DTensor) else dressed
-
-
-def _part(whole: Tensor, dressed: Tensor) -> Tensor:
+def _part(tensor: Tensor, dressed: Tensor) -> Tensor:
     """What this process holds of a tensor that all have whole, divided as `dressed` is."""
     if not isinstance(dressed, DTensor):
-        return whole
+        return tensor
     mesh, placements = dressed.device_mesh, dressed.placements
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()

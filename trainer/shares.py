@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -39,6 +40,27 @@ def held(tensor: Tensor) -> tuple[Tensor, Box]:
     local = tensor.to_local()
     assert tuple(local.shape) == tuple(sizes), f"{tuple(local.shape)} is not the share {sizes}"
     return local, Box(tuple(offsets), tuple(sizes))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be divided by rows; all ranks that share it must call.
+
+    In the collective of `DTensor.full_tensor`, processes that talk by gloo crashed, or waited for
+    ever in the destructor of a buffer (torch 2.14.1).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    for dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, f"{placement} is not by rows"
+            count, rows = tensor.device_mesh.size(dim), len(tensor)
+            part = local.new_zeros(-(-rows // count), *local.shape[1:])
+            part[: len(local)] = local
+            parts = local.new_empty(count * len(part), *local.shape[1:])
+            dist.all_gather_into_tensor(parts, part, group=tensor.device_mesh.get_group(dim))
+            local = parts[:rows]
+    return local
 
 
 def written(tensor: Tensor, *, turn: int, rank: int, world_size: int) -> tuple[Tensor, Box] | None:

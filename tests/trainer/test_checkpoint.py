@@ -19,6 +19,7 @@ from tests.trainer.disk import on_small_disk
 from trainer import manifest, shardfile
 from trainer.checkpoint import Checkpointer, read_state
 from trainer.config import UserError
+from trainer.shares import whole
 
 ROOT = Path(__file__).parents[2]
 DIVIDED = ("weight/", "exp_avg/")
@@ -72,11 +73,7 @@ def load_whole(checkpointer, world_size):
     """Load into zeroed shares and return everything put together, with the record."""
     state = divided_state(world_size, zeros(whole_state()))
     record = fill(state, checkpointer)
-    whole = {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in state.items()
-    }
-    return {"state": whole, "record": record}
+    return {"state": {name: whole(tensor) for name, tensor in state.items()}, "record": record}
 
 
 def save_load_and_lose_the_run(rank, world_size, root):

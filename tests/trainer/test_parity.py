@@ -16,7 +16,6 @@ from typing import NamedTuple
 import pytest
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tests.dist import run_distributed
 from tests.trainer.runs import copy_checkpoint, losses, make_trainer, tiny_config, train_named
@@ -36,6 +35,7 @@ from tests.trainer.ways import (
 from trainer import manifest
 from trainer.checkpoint import read_state
 from trainer.loop import Trainer
+from trainer.shares import whole
 from trainer.state import TrainState
 
 # TransXNet's BatchNorm has buffers, and statistics over all processes.
@@ -237,11 +237,8 @@ def _go_on_from(trainer: Trainer, run_dir: Path) -> Result:
             loss = trainer.advance(list(islice(stream, 1)))["loss"]
             dist.all_reduce(loss)
             made.append(loss.item() / dist.get_world_size())
-    whole = {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-        for name, tensor in engine.state()
-    }
-    return made, whole if dist.get_rank() == 0 else {}
+    found = {name: whole(tensor).clone() for name, tensor in engine.state()}
+    return made, found if dist.get_rank() == 0 else {}
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)

@@ -26,6 +26,7 @@ from trainer.config import RunConfig, UserError
 from trainer.optim import adamw, make_state, parameter_groups, set_hyper
 from trainer.precision import LossScale
 from trainer.schedule import Hyper
+from trainer.shares import whole
 from trainer.zero_config import zero_config
 
 from .base import MOMENTS, CanonicalState, StepInfo, data_shard, saved_buffers
@@ -139,18 +140,18 @@ class ZeroBackend:
         """Put several tensors laid out like a parameter together at once: messages cost time."""
         share, shape = self.shares[name], self.shapes[name]
         wholes = torch.zeros(len(locals_), *shape, device=self.device)
-        for whole, local in zip(wholes.view(len(locals_), -1), locals_, strict=True):
-            whole[share.start : share.start + share.length] = local
+        for flat, local in zip(wholes.view(len(locals_), -1), locals_, strict=True):
+            flat[share.start : share.start + share.length] = local
         dist.all_reduce(wholes)
-        return [self._divided(whole) for whole in wholes]
+        return [self._divided(tensor) for tensor in wholes]
 
-    def _divided(self, whole: Tensor) -> Tensor:
-        if whole.dim() == 0:
-            return whole
-        rows = -(-whole.shape[0] // self.mesh.size())
-        mine = whole[rows * dist.get_rank() :][:rows].clone()  # the whole is not kept
+    def _divided(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        rows = -(-tensor.shape[0] // self.mesh.size())
+        mine = tensor[rows * dist.get_rank() :][:rows].clone()  # the whole is not kept
         return DTensor.from_local(
-            mine, self.mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()
+            mine, self.mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride()
         )
 
     def local_part(self, name: str, tensor: Tensor) -> Tensor:
@@ -158,8 +159,7 @@ class ZeroBackend:
         share = self.shares.get(name)
         if share is None:
             return tensor
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.flatten()[share.start : share.start + share.length]
+        return whole(tensor).flatten()[share.start : share.start + share.length]
 
     def refresh(self) -> None:
         """See Backend.refresh."""
