@@ -62,7 +62,6 @@ class AggregatedAttention(PositionBias):
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         """x [B, H, W, C] -> [B, H, W, C]."""
         pooled = self.norm(pooled_gelu(self.sr(x), geometry.plan.pool).flatten(1, 2))
-        local_bias = widen(self.relative_pos_bias_local)[:, None, :]
         mixed = aggregated_attention(
             self.q(x),
             *_linear_halves(self.kv, x),
@@ -70,10 +69,11 @@ class AggregatedAttention(PositionBias):
             query_embedding=self.query_embedding,
             temperature=self.temperature,
             key_count=geometry.key_count,
-            local_bias=local_bias.masked_fill(geometry.outside, -math.inf),
+            local_bias=self.relative_pos_bias_local[:, None],
             pool_bias=self.position_bias(geometry),
             tokens=self.learnable_tokens,
             token_bias=self.learnable_bias,
+            outside=geometry.outside,
         )
         out: Tensor = self.proj(mixed)
         return out

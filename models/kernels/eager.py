@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .choice import faster
+
 # Up to this many tokens all pairs at once, by matrix products, beat nine passes over the map.
 SMALL_GRID = 64
 
@@ -52,22 +54,28 @@ def aggregated_attention(
     pool_bias: Tensor,
     tokens: Tensor,
     token_bias: Tensor,
+    outside: Tensor,
 ) -> Tensor:
-    """Attention over the 3x3 window around each query and a pooled view of the whole image.
+    """Attention over the window around each query and a pooled view of the whole image.
 
     TransNeXt (arXiv 2311.17132), aggregated attention: cosine logits scaled by a learned
     temperature and the log of the number of visible keys, one softmax over both paths, and
     learned tokens added to the window's weights after it. Saves its inputs and the softmax.
 
-    q, k, v [B, H, W, C], pool_k, pool_v [B, M, C];
+    q, k, v [B, H, W, C], pool_k, pool_v [B, M, C]; of a window of S slots (9 in 3x3):
     query_embedding [h, 1, d], temperature [h, 1, 1], key_count [N] (visible keys of each query),
-    local_bias [h, N, 9] (-inf outside the image), pool_bias [h, N, M], tokens [h, d, 9],
-    token_bias [h, 1, 9]. Returns [B, H, W, C] in q's dtype.
+    local_bias [h, 1, S], pool_bias [h, N, M], tokens [h, d, S], token_bias [h, 1, S],
+    outside [N, S] (bool: slots beyond the image). Returns [B, H, W, C] in q's dtype.
     """
+    fused = faster("aggregated_attention", q)
     with full_precision(q):
         scale = query_scale(temperature, key_count)
         parameters = (widen(query_embedding), scale, widen(tokens), widen(token_bias))
         biases = widen(local_bias), widen(pool_bias)
+        if fused is not None:
+            out: Tensor = fused.apply(q, k, v, pool_k, pool_v, *parameters, *biases)
+            return out
+        biases = biases[0].masked_fill(outside, -math.inf), biases[1]
         mixed: Tensor = _AggregatedAttention.apply(q, k, v, pool_k, pool_v, *parameters, *biases)
     return mixed
 
@@ -169,47 +177,54 @@ def query_scale(temperature: Tensor, key_count: Tensor) -> Tensor:
     return scale * key_count.to(scale.dtype).log()[:, None]
 
 
-def window_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Dot products of each query with the keys of its 3x3 window; 0 outside the image.
+def window_logits(q: Tensor, k: Tensor, side: int) -> Tensor:
+    """Dot products of each query with the keys of its window; 0 outside the image.
 
-    q and k [B, h, H, W, d]. Returns [B, h, H, W, 9], slot 3a + b being row + a - 1, column + b - 1.
+    q and k [B, h, H, W, d]. Returns [B, h, H, W, side²], slot side·a + b being row + a - side // 2,
+    column + b - side // 2.
     """
     height, width = q.shape[2:4]
     if height * width <= SMALL_GRID:
         products = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-2, -1)
-        slots = _window_slots(height, width, like=q)
-        return torch.einsum("bhqk,qks->bhqs", products, slots).view(*q.shape[:4], 9)
-    return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k)], dim=-1)
+        slots = _window_slots(height, width, side, like=q)
+        return torch.einsum("bhqk,qks->bhqs", products, slots).view(*q.shape[:4], side**2)
+    return torch.stack([(q * near).sum(dim=-1) for near in _shifts(k, side)], dim=-1)
 
 
 def window_mix(weights: Tensor, v: Tensor) -> Tensor:
-    """Sum of the values of each 3x3 window, weighted; values outside the image are 0.
+    """Sum of the values of each window, weighted; values outside the image are 0.
 
-    weights [B, h, H, W, 9] in the slot order of `window_logits`, v [B, h, H, W, d].
+    weights [B, h, H, W, side²] in the slot order of `window_logits`, v [B, h, H, W, d].
     Returns [B, h, H, W, d].
     """
     height, width = v.shape[2:4]
+    side = _side(weights)
     if height * width <= SMALL_GRID:
-        slots = _window_slots(height, width, like=v)
+        slots = _window_slots(height, width, side, like=v)
         spread = torch.einsum("bhqs,qks->bhqk", weights.flatten(2, 3), slots)
         return (spread @ v.flatten(2, 3)).view(v.shape)
-    first, *others = zip(torch.split(weights, 1, dim=-1), _shifts(v), strict=True)
+    first, *others = zip(torch.split(weights, 1, dim=-1), _shifts(v, side), strict=True)
     mixed = first[0] * first[1]
     for slot, near in others:
         mixed = mixed.addcmul_(slot, near)
     return mixed
 
 
-def _window_slots(height: int, width: int, *, like: Tensor) -> Tensor:
-    """One-hot [N, N, 9]: whether key k is in slot s of query q's window."""
-    by_axis = []
+def _side(slots: Tensor) -> int:
+    """The side of windows whose slots are the last dimension."""
+    return math.isqrt(slots.shape[-1])
+
+
+def _window_slots(height: int, width: int, side: int, *, like: Tensor) -> Tensor:
+    """One-hot [N, N, side²]: whether key k is in slot s of query q's window."""
+    reach, by_axis = side // 2, []
     for size in (height, width):
         places = torch.arange(size, device=like.device)
         offsets = places - places[:, None]
-        by_axis.append(offsets[..., None] == torch.arange(-1, 2, device=like.device))
+        by_axis.append(offsets[..., None] == torch.arange(-reach, reach + 1, device=like.device))
     rows, columns = by_axis
     slots = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
-    return slots.reshape(height * width, height * width, 9).to(like.dtype)
+    return slots.reshape(height * width, height * width, side**2).to(like.dtype)
 
 
 class _AggregatedAttention(torch.autograd.Function):
@@ -234,10 +249,11 @@ class _AggregatedAttention(torch.autograd.Function):
         local_bias: Tensor,
         pool_bias: Tensor,
     ) -> Tensor:
-        num_heads = scale.shape[0]
+        num_heads, slots = scale.shape[0], tokens.shape[-1]
         unit = _unit(_head_map(q, num_heads))
         queries = _scale(unit, query_embedding, scale)
-        near = window_logits(queries, _unit(_head_map(k, num_heads))).flatten(2, 3)
+        keys = _unit(_head_map(k, num_heads))
+        near = window_logits(queries, keys, _side(tokens)).flatten(2, 3)
         pool_keys = _unit(_split_heads(pool_k, num_heads))
         far = queries.flatten(2, 3) @ pool_keys.transpose(-2, -1)
         weights = torch.cat([near.add_(local_bias), far.add_(pool_bias)], dim=-1).softmax(dim=-1)
@@ -247,7 +263,7 @@ class _AggregatedAttention(torch.autograd.Function):
         values = _head_map(v, num_heads)
         window = _window_weights(weights, unit, tokens, token_bias).to(values.dtype)
         mixed = window_mix(window, values).flatten(2, 3)
-        mixed += weights[..., 9:].to(values.dtype) @ _split_heads(pool_v, num_heads)
+        mixed += weights[..., slots:].to(values.dtype) @ _split_heads(pool_v, num_heads)
         return mixed.transpose(1, 2).reshape(q.shape)
 
     @staticmethod
@@ -255,7 +271,7 @@ class _AggregatedAttention(torch.autograd.Function):
         q, k, v, pool_k, pool_v, query_embedding, scale, tokens, token_bias, weights = (
             ctx.saved_tensors
         )
-        num_heads = scale.shape[0]
+        num_heads, slots = scale.shape[0], tokens.shape[-1]
         with full_precision(q):
             grad = widen(_head_map(grads[0], num_heads))
             values = widen(_head_map(v, num_heads))
@@ -268,14 +284,14 @@ class _AggregatedAttention(torch.autograd.Function):
 
             window = _window_weights(weights, unit, tokens, token_bias)
             grad_values = window_mix(_seen_from_key(window), grad)
-            grad_window = window_logits(grad, values).flatten(2, 3)
-            grad_pool_values = weights[..., 9:].transpose(-2, -1) @ grad.flatten(2, 3)
+            grad_window = window_logits(grad, values, _side(tokens)).flatten(2, 3)
+            grad_pool_values = weights[..., slots:].transpose(-2, -1) @ grad.flatten(2, 3)
             grad_far = grad.flatten(2, 3) @ pool_values.transpose(-2, -1)
 
             grad_logits = torch.cat([grad_window, grad_far], dim=-1).mul_(weights)
             grad_logits -= weights * grad_logits.sum(dim=-1, keepdim=True)
-            near = grad_logits[..., :9].view(window.shape)
-            far = grad_logits[..., 9:]
+            near = grad_logits[..., :slots].view(window.shape)
+            far = grad_logits[..., slots:]
             grad_keys = window_mix(_seen_from_key(near), queries)
             grad_pool_keys = far.transpose(-2, -1) @ queries.flatten(2, 3)
             grad_queries = window_mix(near, keys).flatten(2, 3)
@@ -297,8 +313,8 @@ class _AggregatedAttention(torch.autograd.Function):
             grad_scale[..., None],
             grad_tokens,
             grad_window.sum(dim=(0, 2))[:, None],
-            grad_logits[..., :9].sum(dim=0),
-            grad_logits[..., 9:].sum(dim=0),
+            grad_logits[..., :slots].sum(dim=0),
+            grad_logits[..., slots:].sum(dim=0),
         )
 
 
@@ -333,25 +349,26 @@ def _scale(unit: Tensor, query_embedding: Tensor, scale: Tensor) -> Tensor:
 
 
 def _window_weights(weights: Tensor, unit: Tensor, tokens: Tensor, token_bias: Tensor) -> Tensor:
-    """The weights of the window's values [B, h, H, W, 9]: its softmax and the learned tokens."""
+    """The weights of the window's values [B, h, H, W, S]: its softmax and the learned tokens."""
     window = unit.flatten(2, 3) @ tokens
     window += token_bias
-    window += weights[..., :9]
-    return window.view(*unit.shape[:4], 9)
+    slots = tokens.shape[-1]
+    window += weights[..., :slots]
+    return window.view(*unit.shape[:4], slots)
 
 
-def _shifts(x: Tensor) -> list[Tensor]:
-    """The nine neighbours of every pixel of `x` [B, h, H, W, d], as views of one padded copy."""
+def _shifts(x: Tensor, side: int) -> list[Tensor]:
+    """The neighbours of every pixel of `x` [B, h, H, W, d], as views of one padded copy."""
     height, width = x.shape[2:4]
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    padded = F.pad(x, (0, 0, *(side // 2,) * 4))
     return [
         padded[:, :, row : row + height, column : column + width]
-        for row in range(3)
-        for column in range(3)
+        for row in range(side)
+        for column in range(side)
     ]
 
 
 def _seen_from_key(weights: Tensor) -> Tensor:
-    """Turn weights by (query, slot) into weights by (key, opposite slot), [B, h, H, W, 9] both."""
-    shifts = _shifts(weights)
-    return torch.stack([shifts[slot][..., 8 - slot] for slot in range(9)], dim=-1)
+    """Turn weights by (query, slot) into weights by (key, opposite slot), [B, h, H, W, S] both."""
+    shifts = _shifts(weights, _side(weights))
+    return torch.stack([shift[..., -1 - slot] for slot, shift in enumerate(shifts)], dim=-1)

@@ -145,7 +145,7 @@ def test_window_operators(grid):
     """Both forms (small and large grids), values and gradients, which are windows themselves."""
     q, k = (random_map(seed, 2, 3, *grid, 5).requires_grad_() for seed in (1, 2))
     w = random_map(3, 2, 3, *grid, 9).requires_grad_()
-    logits, mixed = eager.window_logits(q, k), eager.window_mix(w, k)
+    logits, mixed = eager.window_logits(q, k, 3), eager.window_mix(w, k)
     naive_logits = (windows(k) * q[..., None, :]).sum(-1)
     naive_mixed = (windows(k) * w[..., None]).sum(-2)
     close(logits, naive_logits)
