@@ -216,6 +216,9 @@ def aggregated_attention_gradients_kernel(
     token = _load_tokens(tokens, head, channels, HEAD, WINDOW, SLOTS)
     # Of pairs, keys come first here. How many columns a key is right of a query's window's first:
     offset = lanes[:, None] - lanes[None, :] + REACH
+    token_constant = tl.load(token_bias + head * AREA + slots, mask=slots < AREA, other=0.0)
+    local_constant = tl.load(local_bias + head * AREA + slots, mask=slots < AREA, other=0.0)
+    bias_by_slot = tl.broadcast_to(local_constant[:, None], (SLOTS, COLUMNS))
     near = (offset >= 0) & (offset < WINDOW) & there[:, None]
     # Of each query, the lane in which a slot of its window is.
     slot_lanes = _clamp(lanes[None, :] + slots[:, None] % WINDOW - REACH, COLUMNS)
@@ -259,7 +262,7 @@ def aggregated_attention_gradients_kernel(
         inverse = _inverse_length(query)
         sharpness = tl.load(scale + row * width + columns, mask=asked, other=0.0)
         turned_query, turned_given = tl.trans(query), tl.trans(given)
-        by_token = _mix(token, turned_query) * inverse[None, :]
+        by_token = _mix(token, turned_query) * inverse[None, :] + token_constant[:, None]
 
         weights, weight_grads = (), ()
         total = tl.zeros((COLUMNS,), tl.float32)
@@ -268,13 +271,13 @@ def aggregated_attention_gradients_kernel(
         for i in tl.static_range(WINDOW):
             products = _product(keys[i], turned_query) * inverse[None, :] + embedded[i][:, None]
             logit = products * lengths[i][:, None] * sharpness[None, :]
-            logit += _by_offset(local_bias, head, offset, i, WINDOW)
+            slot = _clamp(offset, WINDOW) + i * WINDOW
+            logit += tl.gather(bias_by_slot, slot, axis=0)
             inside = near & (row + i >= REACH) & (row + i < height + REACH)
             weight = tl.where(inside, tl.exp(logit - peak[None, :]), 0.0)
             weight_grad = _product(values[i], turned_given)
             total += tl.sum(weight * weight_grad, axis=0)
-            extra = tl.gather(by_token, _clamp(offset, WINDOW) + i * WINDOW, axis=0)
-            extra += _by_offset(token_bias, head, offset, i, WINDOW)
+            extra = tl.gather(by_token, slot, axis=0)
             mixed = weight + tl.where(inside & asked[None, :], extra, 0.0)
             added = added + (grad_values[i] + _mix(mixed, given),)
             in_slot = own[None, :] & (slots[:, None] // WINDOW == i)
