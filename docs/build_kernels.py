@@ -52,8 +52,8 @@ class Build:
 
 def launches(dtype: torch.dtype) -> list[Launch]:
     """What the operators start on the maps of TransNeXt-Base at 224 pixels."""
-    gate = torch.empty(1, 56, 56, 256, dtype=dtype)
-    weight, bias = gate.new_empty(256, 1, 3, 3), gate.new_empty(256)
+    gate = torch.empty(1, 56, 56, 512, dtype=dtype)
+    weight, bias = gate.new_empty(512, 1, 3, 3), gate.new_empty(512)
     with noted() as started:
         gated_conv(gate, gate, weight, bias)
         gated_conv_gradients(gate, gate, gate, weight, bias)
