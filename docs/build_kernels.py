@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from models.kernels.launch import Launch, noted
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
+from models.kernels.triton_depthwise import convolve_each, convolve_each_gradients
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Of a multiprocessor: registers and warps (of 32 threads), and KiB of shared memory by target.
@@ -51,12 +52,16 @@ class Build:
 
 
 def launches(dtype: torch.dtype) -> list[Launch]:
-    """What the operators start on the maps of TransNeXt-Base at 224 pixels."""
+    """What the operators start on the maps of TransNeXt-Base and TransXNet-Base at 224 pixels."""
     gate = torch.empty(1, 56, 56, 256, dtype=dtype)
     weight, bias = gate.new_empty(256, 1, 3, 3), gate.new_empty(256)
+    near = gate.new_empty(1, 14, 14, 336).chunk(2, dim=-1)[0]
+    kernels, biases = gate.new_empty(1, 7, 7, 168), gate.new_empty(1, 168)
     with noted() as started:
         gated_conv(gate, gate, weight, bias)
         gated_conv_gradients(gate, gate, gate, weight, bias)
+        convolve_each(near, kernels, biases)
+        convolve_each_gradients(near, near, kernels)
     return started
 
 

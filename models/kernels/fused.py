@@ -4,3 +4,4 @@ For models that are built here: exported ones do without.
 """
 
 from . import triton_conv_glu as triton_conv_glu
+from . import triton_depthwise as triton_depthwise

@@ -8,7 +8,13 @@ import sys
 import pytest
 
 # Warps that a multiprocessor must hold for their loads to hide each other's latency.
-WARPS = {"gated_conv_kernel": 32, "gated_conv_gradients_kernel": 12}
+WARPS = {
+    "gated_conv_kernel": 32,
+    "gated_conv_gradients_kernel": 12,
+    # Fewer where a warp has hundreds of products of its own between its loads.
+    "dynamic_conv_kernel": 8,
+    "dynamic_conv_gradients_kernel": 8,
+}
 
 
 @pytest.mark.slow
