@@ -1,112 +1,27 @@
-"""Kernels of wide depthwise convolutions.
+"""What kernels of wide depthwise convolutions do in a strip of an image's rows.
 
-A program owns the channels of a block, one to a thread, in a strip of an image's rows, and walks
-along it. Forward it keeps the sums of the columns that the convolution reaches from the one that it
-loads, so that it loads each pixel once and never looks back; backward it keeps the columns of the
-gradient that the convolution reaches, and each value of them serves both gradients. What it loads
-twice are the rows next to its strip. Everything is computed in float32. Channels of a map are next
-to each other and pixels `pitch` numbers apart; where no pitch is given, as many as there are
-channels.
+A program owns the channels of a block, one to a thread, and walks along the strip. Forward it keeps
+the sums of the columns that the convolution reaches from the one that it loads, so that it loads
+each pixel once and never looks back; backward it keeps the columns of the gradient that the
+convolution reaches, and each value of them serves both gradients. What it loads twice are the rows
+next to its strip. Everything is computed in float32. Channels of a map are next to each other, and
+pixels `pitch` numbers apart where a pitch is given.
+
+A map may be convolved as it is, or after GELU and a line: (GELU(x) - mean) * scale + shift.
 """
 
 import triton
 import triton.language as tl
 
+from .gelu import below
+
 
 @triton.jit
-def dynamic_conv_kernel(
+def convolve(
     x,
     weight,
     bias,
-    out,
-    height,
-    width,
-    num_channels,
-    pitch,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Convolve each sample by a kernel of its own: weight [B, SIDE, SIDE, C], bias [B, C]."""
-    strips = tl.cdiv(height, ROWS)
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    top = tl.program_id(0) % strips * ROWS
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    _convolve(
-        x + sample * height * width * pitch + channels,
-        weight + sample * SIDE * SIDE * num_channels + channels,
-        bias + sample * num_channels + channels,
-        out + sample * height * width * num_channels + channels,
-        top,
-        channels < num_channels,
-        height,
-        width,
-        num_channels,
-        pitch,
-        SIDE,
-        ROWS,
-    )
-
-
-@triton.jit
-def dynamic_conv_gradients_kernel(
-    grad,
-    x,
-    weight,
-    grad_x,
-    sums,
-    height,
-    width,
-    num_channels,
-    grad_pitch,
-    pitch,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    STRIPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradient of the map, and parts of the gradients of the kernels and the biases.
-
-    A program walks along `STRIPS` strips of a sample, one after the other, and sums up over them:
-    sums [B, parts, SIDE * SIDE + 1, C].
-    """
-    parts = tl.cdiv(height, ROWS * STRIPS)
-    sample = (tl.program_id(0) // parts).to(tl.int64)
-    start = tl.program_id(0) % parts * ROWS * STRIPS
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channels < num_channels
-    taps = _load_taps(
-        weight + sample * SIDE * SIDE * num_channels + channels, num_channels, inside, SIDE
-    )
-    totals = _nothing(SIDE * SIDE + 1, BLOCK)
-    for top in range(start, tl.minimum(start + ROWS * STRIPS, height), ROWS):
-        totals = _gradients(
-            grad + sample * height * width * grad_pitch + channels,
-            x + sample * height * width * pitch + channels,
-            grad_x + sample * height * width * num_channels + channels,
-            taps,
-            totals,
-            top,
-            inside,
-            height,
-            width,
-            num_channels,
-            grad_pitch,
-            pitch,
-            SIDE,
-            ROWS,
-            BLOCK,
-        )
-    sums += tl.program_id(0).to(tl.int64) * (SIDE * SIDE + 1) * num_channels + channels
-    for tap in tl.static_range(SIDE * SIDE + 1):
-        tl.store(sums + tap * num_channels, totals[tap], mask=inside)
-
-
-@triton.jit
-def _convolve(
-    x,
-    weight,
-    bias,
+    line,
     out,
     top,
     inside,
@@ -115,20 +30,24 @@ def _convolve(
     num_channels,
     pitch,
     SIDE: tl.constexpr,
+    WIDEST: tl.constexpr,
     ROWS: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """Convolve the strip whose first row is `top`; all pointers are a program's channels'."""
     REACH: tl.constexpr = SIDE // 2
-    taps = _load_taps(weight, num_channels, inside, SIDE)
+    COUNT: tl.constexpr = ROWS + 2 * REACH
+    taps = load_taps(weight, num_channels, inside, SIDE, WIDEST)
     constant = tl.load(bias, mask=inside, other=0.0).to(tl.float32)
     # Of the columns from the furthest ahead that is reached to the furthest behind.
     sums = ()
     for _ in tl.static_range(SIDE * ROWS):
         sums = sums + (constant,)
     for column in range(width):
-        pixels = _load_column(
-            x, top - REACH, column, height, width, pitch, inside, ROWS + 2 * REACH
-        )
+        pixels = _load_column(x, top - REACH, column, height, width, pitch, inside, COUNT)
+        if NORMED:
+            centred = _activated(pixels, line[0], COUNT)
+            pixels = _normalised(centred, line, top - REACH, height, COUNT)
         reached = ()
         for tap in tl.static_range(SIDE):
             for i in tl.static_range(ROWS):
@@ -155,11 +74,12 @@ def _convolve(
 
 
 @triton.jit
-def _gradients(
+def add_gradients(
     grad,
     x,
     grad_x,
     taps,
+    line,
     totals,
     top,
     inside,
@@ -171,11 +91,12 @@ def _gradients(
     SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """Write the map's gradient in a strip, and add the strip to the sums of the parameters'."""
     REACH: tl.constexpr = SIDE // 2
     COUNT: tl.constexpr = ROWS + 2 * REACH
-    window = _nothing(REACH * COUNT, BLOCK)
+    window = nothing(REACH * COUNT, BLOCK)
     for i in tl.static_range(REACH):
         ahead = _load_column(grad, top - REACH, i, height, width, grad_pitch, inside, COUNT)
         window = window + ahead
@@ -185,27 +106,35 @@ def _gradients(
         )
         window = window + ahead
         pixels = _load_column(x, top, column, height, width, pitch, inside, ROWS)
-        for i in tl.static_range(ROWS):
-            # What this pixel went into lies opposite to the tap that took it there.
-            total = taps[0] * window[(SIDE - 1) * COUNT + SIDE - 1 + i]
-            for tap in tl.static_range(1, SIDE * SIDE):
-                total += (
-                    taps[tap] * window[(SIDE - 1 - tap % SIDE) * COUNT + SIDE - 1 - tap // SIDE + i]
-                )
-            place = ((top + i) * width + column) * num_channels
-            tl.store(grad_x + place, total, mask=inside & (top + i < height))
+        if NORMED:
+            centred = _activated(pixels, line[0], ROWS)
+            pixels = _normalised(centred, line, top, height, ROWS)
         added = ()
         for tap in tl.static_range(SIDE * SIDE):
             total = totals[tap]
             for i in tl.static_range(ROWS):
-                total += (
-                    pixels[i] * window[(SIDE - 1 - tap % SIDE) * COUNT + SIDE - 1 - tap // SIDE + i]
-                )
+                total += pixels[i] * window[_opposite(tap, i, SIDE, COUNT)]
             added = added + (total,)
         total = totals[SIDE * SIDE]
         for i in tl.static_range(ROWS):
             total += window[REACH * COUNT + REACH + i]
-        totals = added + (total,)
+        added = added + (total,)
+        if NORMED:
+            into_shift = totals[SIDE * SIDE + 1]
+            into_gain = totals[SIDE * SIDE + 2]
+        for i in tl.static_range(ROWS):
+            total = taps[0] * window[_opposite(0, i, SIDE, COUNT)]
+            for tap in tl.static_range(1, SIDE * SIDE):
+                total += taps[tap] * window[_opposite(tap, i, SIDE, COUNT)]
+            place = ((top + i) * width + column) * num_channels
+            tl.store(grad_x + place, total, mask=inside & (top + i < height))
+            if NORMED:
+                total = tl.where(top + i < height, total, 0.0)
+                into_shift += total
+                into_gain += total * centred[i]
+        if NORMED:
+            added = added + (into_shift, into_gain)
+        totals = added
         kept = ()
         for i in tl.static_range((SIDE - 1) * COUNT):
             kept = kept + (window[COUNT + i],)
@@ -213,8 +142,15 @@ def _gradients(
     return totals
 
 
+@triton.constexpr_function
+def _opposite(tap, row, side, count):
+    """Where in a window is what went through a tap: opposite to where that took it from."""
+    return (side - 1 - tap % side) * count + side - 1 - tap // side + row
+
+
 @triton.jit
-def _nothing(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def nothing(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """`COUNT` sums to begin with."""
     values = ()
     for _ in tl.static_range(COUNT):
         values = values + (tl.zeros((BLOCK,), tl.float32),)
@@ -222,12 +158,24 @@ def _nothing(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_taps(weight, num_channels, inside, SIDE: tl.constexpr):
+def load_taps(weight, num_channels, inside, SIDE: tl.constexpr, WIDEST: tl.constexpr):
+    """The `SIDE` x `SIDE` taps in the middle of kernels [WIDEST, WIDEST, C]."""
+    MARGIN: tl.constexpr = (WIDEST - SIDE) // 2
     taps = ()
     for tap in tl.static_range(SIDE * SIDE):
-        value = tl.load(weight + tap * num_channels, mask=inside, other=0.0)
+        place = (tap // SIDE + MARGIN) * WIDEST + tap % SIDE + MARGIN
+        value = tl.load(weight + place * num_channels, mask=inside, other=0.0)
         taps = taps + (value.to(tl.float32),)
     return taps
+
+
+@triton.jit
+def load_line(line, num_channels, inside):
+    """The three rows of a program's channels of `line` [3, C]."""
+    mean = tl.load(line, mask=inside, other=0.0)
+    scale = tl.load(line + num_channels, mask=inside, other=0.0)
+    shift = tl.load(line + 2 * num_channels, mask=inside, other=0.0)
+    return mean, scale, shift
 
 
 @triton.jit
@@ -235,8 +183,27 @@ def _load_column(start, top, column, height, width, pitch, inside, COUNT: tl.con
     """`COUNT` pixels of a column from row `top` on; 0 outside the map."""
     values = ()
     for i in tl.static_range(COUNT):
-        row = top + i
-        there = (row >= 0) & (row < height) & (column < width)
-        pixel = tl.load(start + (row * width + column) * pitch, mask=inside & there, other=0.0)
+        there = inside & (top + i >= 0) & (top + i < height) & (column < width)
+        place = ((top + i) * width + column) * pitch
+        pixel = tl.load(start + place, mask=there, other=0.0)
         values = values + (pixel.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _activated(pixels, mean, COUNT: tl.constexpr):
+    """GELU of pixels, less its mean."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (pixels[i] * below(pixels[i]) - mean,)
+    return values
+
+
+@triton.jit
+def _normalised(centred, line, top, height, COUNT: tl.constexpr):
+    """Activated pixels normalised; 0 above and below the map."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        there = (top + i >= 0) & (top + i < height)
+        values = values + (tl.where(there, centred[i] * line[1] + line[2], 0.0),)
     return values

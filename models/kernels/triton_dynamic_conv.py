@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import FASTER
-from .device.depthwise import dynamic_conv_gradients_kernel, dynamic_conv_kernel
+from .device.dynamic_conv import dynamic_conv_gradients_kernel, dynamic_conv_kernel
 from .eager import LIBRARY
 from .launch import launch
 
