@@ -16,7 +16,7 @@ WARPS = {
     "dynamic_conv_gradients_kernel": 8,
     "mixed_conv_kernel": 12,
     "mixed_conv_gradients_kernel": 8,
-    "activated_gradient_kernel": 32,
+    "activated_gradient_kernel": 24,
 }
 
 
