@@ -7,7 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.kernels import dynamic_conv
 from models.kernels.choice import force
 from models.kernels.triton_dynamic_conv import convolve_each, convolve_each_gradients
-from tests.models.kernels.interpreter import DTYPES, check, counted_traffic
+from tests.models.kernels.interpreter import (
+    DTYPES,
+    check,
+    check_one_graph,
+    counted_traffic,
+    saved_addresses,
+)
 
 # One pixel, one row, borders within a strip, several strips and parts, several blocks of channels.
 SHAPES = [(1, 1, 1, 5), (2, 1, 4, 16), (1, 19, 2, 20), (1, 5, 3, 36)]
@@ -79,27 +85,14 @@ def test_its_operators_are_sound():
 
 def test_it_saves_its_inputs_alone():
     leaves = [x.requires_grad_() for x in inputs((1, 3, 2, 8))]
-    saved = []
-
-    def keep(x):
-        saved.append(x)
-        return x
-
-    with force("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        dynamic_conv(*leaves)
     addresses = {x.untyped_storage().data_ptr() for x in leaves}
-    assert {x.untyped_storage().data_ptr() for x in saved} <= addresses
+    assert set(saved_addresses(dynamic_conv, leaves)) <= addresses
 
 
 @pytest.mark.slow
 def test_it_is_one_graph_to_the_compiler():
     leaves = [x.requires_grad_() for x in inputs((1, 5, 3, 20))]
-    compiled = torch.compile(dynamic_conv, fullgraph=True)
-    with force("triton"):
-        results = [op(*leaves) for op in (compiled, dynamic_conv)]
-        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
-    for one, other in zip([results[0], *grads[0]], [results[1], *grads[1]], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_one_graph(dynamic_conv, leaves)
 
 
 def test_flops_are_counted():
