@@ -24,6 +24,8 @@ from triton.compiler import ASTSource
 
 from models.kernels.launch import Launch, noted
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
+from models.kernels.triton_dynamic_conv import convolve_each, convolve_each_gradients
+from models.kernels.triton_norm_conv import activated_gradient, mixed_conv, mixed_conv_gradients
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Of a multiprocessor: registers and warps (of 32 threads), and KiB of shared memory by target.
@@ -51,12 +53,21 @@ class Build:
 
 
 def launches(dtype: torch.dtype) -> list[Launch]:
-    """What the operators start on the maps of TransNeXt-Base at 224 pixels."""
+    """What the operators start on the maps of TransNeXt-Base and TransXNet-Base at 224 pixels."""
     gate = torch.empty(1, 56, 56, 512, dtype=dtype)
     weight, bias = gate.new_empty(512, 1, 3, 3), gate.new_empty(512)
+    near = gate.new_empty(1, 14, 14, 336).chunk(2, dim=-1)[0]
+    kernels, biases = gate.new_empty(1, 7, 7, 168), gate.new_empty(1, 168)
+    hidden, ends = gate.new_empty(1, 14, 14, 1344), (336, 672, 1008)
+    line, taps = torch.empty(3, 1344), torch.empty(7, 7, 1344)
     with noted() as started:
         gated_conv(gate, gate, weight, bias)
         gated_conv_gradients(gate, gate, gate, weight, bias)
+        convolve_each(near, kernels, biases)
+        convolve_each_gradients(near, near, kernels)
+        mixed_conv(hidden, line, taps, line[0], ends)
+        mixed_conv_gradients(hidden, hidden, line, taps, ends)
+        activated_gradient(hidden, hidden, line)
     return started
 
 

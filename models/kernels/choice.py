@@ -5,10 +5,13 @@ A form is an autograd function that takes and returns what the definition does.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+Definition = TypeVar("Definition")
 
 FASTER: dict[str, type[Function]] = {}
 
@@ -22,8 +25,11 @@ def choose(op: str, *, device: str, dtype: torch.dtype) -> str:
     return "triton" if fits else "eager"
 
 
-def form(op: str, definition: type[Function], x: Tensor) -> type[Function]:
-    """Return the form of an operator for the map `x`: its definition, or a faster one."""
+def form(op: str, definition: Definition, x: Tensor) -> type[Function] | Definition:
+    """Return the form of an operator for the map `x`: its definition, or a faster one.
+
+    The definition is None for an operator that is defined by a plain function.
+    """
     name = _forced or choose(op, device=x.device.type, dtype=x.dtype)
     return FASTER.get(op, definition) if name == "triton" else definition
 

@@ -9,6 +9,8 @@ are contiguous.
 import triton
 import triton.language as tl
 
+from .gelu import below, density
+
 
 @triton.jit
 def gated_conv_kernel(
@@ -44,7 +46,7 @@ def gated_conv_kernel(
             conv = constant + _convolve(left, here, right, taps, i)
             row = top + i
             place = (row * width + column) * num_channels
-            tl.store(out + place, conv * _below(conv) * values[i], mask=inside & (row < height))
+            tl.store(out + place, conv * below(conv) * values[i], mask=inside & (row < height))
         left = here
         here = right
 
@@ -101,10 +103,10 @@ def gated_conv_gradients_kernel(
         grad_right = ()
         for i in tl.static_range(ROWS + 2):
             conv = constant + _convolve(left, here, right, taps, i)
-            below = _below(conv)
-            active = conv * below
+            share = below(conv)
+            active = conv * share
             # Nothing flows from outside the map: there, grads are 0.
-            grad_conv = grads[i] * values[i] * (below + conv * _density(conv))
+            grad_conv = grads[i] * values[i] * (share + conv * density(conv))
             grad_right = grad_right + (grad_conv,)
             if i > 0 and i <= ROWS:
                 row = top + i - 1
@@ -188,15 +190,3 @@ def _add_sums(totals, left, here, right, grad, ROW: tl.constexpr):
         sums = sums + (totals[3 * i + 1] + grad * here[ROW + i],)
         sums = sums + (totals[3 * i + 2] + grad * right[ROW + i],)
     return sums + (totals[9] + grad,)
-
-
-@triton.jit
-def _below(x):
-    """The normal distribution: GELU is x times this."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _density(x):
-    """Its density: GELU's derivative is the distribution, and x times this."""
-    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
