@@ -66,7 +66,10 @@ def build(launch: Launch, target: int) -> Build:
     signature, constants, aligned = {}, {}, {}
     for place, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if value is None:
+            signature[name] = "constexpr"
+            constants[(place,)] = None
+        elif isinstance(value, Tensor) or value % 16 == 0:
             aligned[(place,)] = [["tt.divisibility", 16]]
     options = dict(launch.options)
     for place, name in enumerate(names):

@@ -22,10 +22,15 @@ def choose(op: str, *, device: str, dtype: torch.dtype) -> str:
     return "triton" if fits else "eager"
 
 
+def faster(op: str, x: Tensor) -> type[Function] | None:
+    """Return the form of an operator for the map `x`, if it is not to be its definition."""
+    name = _forced or choose(op, device=x.device.type, dtype=x.dtype)
+    return FASTER.get(op) if name == "triton" else None
+
+
 def form(op: str, definition: type[Function], x: Tensor) -> type[Function]:
     """Return the form of an operator for the map `x`: its definition, or a faster one."""
-    name = _forced or choose(op, device=x.device.type, dtype=x.dtype)
-    return FASTER.get(op, definition) if name == "triton" else definition
+    return faster(op, x) or definition
 
 
 @contextmanager

@@ -3,4 +3,5 @@
 For models that are built here: exported ones do without.
 """
 
+from . import triton_attention as triton_attention
 from . import triton_conv_glu as triton_conv_glu

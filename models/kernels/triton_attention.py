@@ -1,0 +1,223 @@
+"""Attention with a table of biases on a GPU: its weights are never written.
+
+Shapes: B batch, H×W grid, N = H·W queries, M keys, h heads, d head width, C = h·d; maps are
+channels-last. `maps` are queries, keys and values in one, [B, H, W, 3C], or queries [B, H, W, C]
+and the keys and values [B, H', W', 2C]. Logits are scaled dot products, or, given an embedding
+[h, 1, d] and a scale [h, N, 1], cosines; to both a table [h, N, M] is added.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .choice import FASTER
+from .device.attention import attention_gradients_kernel, attention_kernel, query_gradients_kernel, table_gradients_kernel
+from .eager import LIBRARY
+from .launch import launch
+
+# The most queries of a block, forward and backward, and the most keys.
+FORWARD_QUERIES, QUERIES, KEYS = 256, 64, 64
+# The most blocks of queries for which a program keeps the table's gradient in registers.
+STEPS = 7
+# Backward, the images are divided among programs, about so many in all, unless that left fewer
+# images to each: every program writes a table's gradient.
+PROGRAMS, IMAGES = 128, 8
+
+
+class _Sizes(NamedTuple):
+    """Tokens of an image, and how many numbers apart they are."""
+
+    num_queries: int
+    num_keys: int
+    q_stride: int
+    kv_stride: int
+
+
+class _CosineAttention(torch.autograd.Function):
+    """Saves its inputs, and the softmax's denominators."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, table: Tensor, embedding: Tensor, scale: Tensor) -> Tensor:
+        out, lse = attention([qkv], table, embedding, scale)
+        ctx.save_for_backward(lse, qkv, table, embedding, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        lse, qkv, *parameters = ctx.saved_tensors
+        return tuple(attention_gradients(grads[0], lse, [qkv], *parameters))
+
+
+class _RelativeAttention(torch.autograd.Function):
+    """Saves its inputs, and the softmax's denominators."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, table: Tensor) -> Tensor:
+        out, lse = attention([q, kv], table, None, None)
+        ctx.save_for_backward(lse, q, kv, table)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        lse, q, kv, table = ctx.saved_tensors
+        return tuple(attention_gradients(grads[0], lse, [q, kv], table, None, None))
+
+
+@torch.library.custom_op(f"{LIBRARY}::attention", mutates_args=())
+def attention(
+    maps: list[Tensor], table: Tensor, embedding: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The mixed values [B, H, W, C], and the log of the softmax's denominators [B, h, N].
+
+    The latter, table, embedding and scale are float32.
+    """
+    maps = [x.contiguous() for x in maps]
+    sizes = _sizes(maps)
+    out, lse = _attention_shapes(maps, table, embedding, scale)
+    block = _block(sizes.num_queries, FORWARD_QUERIES)
+    launch(
+        attention_kernel, (triton.cdiv(sizes.num_queries, block), *lse.shape[1::-1]),
+        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes,
+        BLOCK_N=block, num_warps=max(4, block // 32), num_stages=1, **_constants(maps, table, scale),
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op(f"{LIBRARY}::attention_gradients", mutates_args=())
+def attention_gradients(
+    grad: Tensor,
+    lse: Tensor,
+    maps: list[Tensor],
+    table: Tensor,
+    embedding: Tensor | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of maps, table, and, where there are such, of embedding and scale."""
+    grad, maps = grad.contiguous(), [x.contiguous() for x in maps]
+    parameters = _contiguous(table, embedding, scale)
+    batch, num_heads, num_queries = lse.shape
+    sizes, constants = _sizes(maps), _constants(maps, table, scale)
+    grad_maps = [torch.empty_like(x) for x in maps]
+    grad_q, grad_k, grad_v = _split(grad_maps)
+    grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
+
+    whole = sizes.num_keys <= KEYS
+    if not whole:
+        launch(
+            query_gradients_kernel, (triton.cdiv(num_queries, QUERIES), num_heads, batch),
+            grad, *_split(maps), *parameters, lse, grad_q, grad_scale, delta, *sizes,
+            BLOCK_N=QUERIES, num_warps=4, num_stages=1, **constants,
+        )  # fmt: skip
+    key_blocks = triton.cdiv(sizes.num_keys, KEYS)
+    steps = triton.cdiv(num_queries, 32)
+    if steps > 2: steps = 0
+    groups = batch
+    if steps:
+        groups = max(1, min(PROGRAMS // (num_heads * key_blocks), batch // IMAGES))
+    grad_embedding = table.new_empty(groups*key_blocks, num_heads, grad.shape[-1] // num_heads)
+    grad_table = table.new_empty(groups if steps else 0, *table.shape)
+    launch(
+        attention_gradients_kernel, (key_blocks, num_heads, groups),
+        grad, *_split(maps), *parameters, lse, delta,
+        grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
+        batch, triton.cdiv(batch, groups), *sizes,
+        BLOCK_N=32, WHOLE=whole, STEPS=steps, num_warps=4, num_stages=1, **constants,
+    )  # fmt: skip
+    if not steps:
+        blocks = triton.cdiv(num_queries, 64) * key_blocks
+        groups = max(1, min(PROGRAMS // (blocks * num_heads), batch // IMAGES))
+        grad_table = table.new_empty(groups, *table.shape)
+        launch(
+            table_gradients_kernel, (blocks, num_heads, groups),
+            grad, *_split(maps), *parameters, lse, delta, grad_table,
+            batch, triton.cdiv(batch, groups), *sizes,
+            BLOCK_N=64, num_warps=4, num_stages=1, **constants,
+        )
+    found = [*grad_maps, grad_table.sum(dim=0)]
+    if embedding is None or scale is None:
+        return found
+    grad_embedding = grad_embedding.sum(dim=0).view(embedding.shape)
+    return [*found, grad_embedding, grad_scale.sum(dim=0).view(scale.shape)]
+
+
+@attention.register_fake
+def _attention_shapes(
+    maps: list[Tensor], table: Tensor, embedding: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    q, *_ = _split(maps)
+    lse = q.new_empty(q.shape[0], *table.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@attention_gradients.register_fake
+def _attention_gradient_shapes(
+    grad: Tensor,
+    lse: Tensor,
+    maps: list[Tensor],
+    table: Tensor,
+    embedding: Tensor | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    inputs = (*maps, table, embedding, scale)
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).attention)
+def _attention_flops(map_shapes: Any, table_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """The products of queries and keys, and of weights and values."""
+    return 2 * _product_flops(map_shapes, table_shape)
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).attention_gradients)
+def _attention_gradient_flops(
+    grad: Any, lse: Any, map_shapes: Any, table_shape: torch.Size, *_: Any, **__: Any
+) -> int:
+    """The logits again, and the gradients of both factors of both products."""
+    return 5 * _product_flops(map_shapes, table_shape)
+
+
+def _product_flops(map_shapes: list[torch.Size], table_shape: torch.Size) -> int:
+    batch, *_, width = map_shapes[0]
+    width //= 3 if len(map_shapes) == 1 else 1
+    return 2 * int(batch) * width * prod(table_shape[1:])
+
+
+def _split(maps: list[Tensor]) -> tuple[Tensor, ...]:
+    """Queries, keys and values, as views."""
+    if len(maps) == 1:
+        return maps[0].chunk(3, dim=-1)
+    return maps[0], *maps[1].chunk(2, dim=-1)
+
+
+def _sizes(maps: list[Tensor]) -> _Sizes:
+    q, kv = maps[0], maps[-1]
+    return _Sizes(prod(q.shape[1:3]), prod(kv.shape[1:3]), q.shape[-1], kv.shape[-1])
+
+
+def _block(count: int, limit: int) -> int:
+    """The size of a block of `count` tokens or channels: a power of two, for the tensor cores."""
+    return min(limit, max(16, triton.next_power_of_2(count)))
+
+
+def _constants(maps: list[Tensor], table: Tensor, scale: Tensor | None) -> dict[str, Any]:
+    """What kernels are built for."""
+    width = _split(maps)[0].shape[-1] // table.shape[0]
+    block = _block(_sizes(maps).num_keys, KEYS)
+    return {
+        "COSINE": scale is not None,
+        "WIDTH": width,
+        "BLOCK_M": block,
+        "BLOCK_D": _block(width, width * 2),
+    }
+
+
+def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in parameters]
+
+
+FASTER["cosine_attention"] = _CosineAttention
+FASTER["relative_attention"] = _RelativeAttention
