@@ -19,12 +19,19 @@ from .device.attention import attention_gradients_kernel, attention_kernel, quer
 from .eager import LIBRARY
 from .launch import launch
 
-# The most queries of a block, forward and backward, and the most keys.
-FORWARD_QUERIES, QUERIES, KEYS = 256, 64, 64
-# The most blocks of queries for which a program keeps the table's gradient in registers.
-STEPS = 7
-# Backward, the images are divided among programs, about so many in all, unless that left fewer
-# images to each: every program writes a table's gradient.
+# Keys of a block.
+KEYS = 32
+# The most keys whose gradients one program computes.
+OWN_KEYS = 64
+# Queries of a block, and warps, that registers suffice for, by the bytes of a number.
+FORWARD = {2: (256, 8), 4: (128, 8)}
+QUERY_GRADIENTS = {2: (64, 4), 4: (32, 8)}
+KEY_GRADIENTS = {2: (32, 4), 4: (16, 8)}
+TABLE_GRADIENTS = {2: (128, 8), 4: (32, 8)}
+# The most queries for which the table's gradient stays in registers beside those of the keys.
+FEW_QUERIES = 64
+# Images are divided among programs until there are so many programs, but so few images for each:
+# every program writes a part of the table's gradient.
 PROGRAMS, IMAGES = 128, 8
 
 
@@ -75,14 +82,12 @@ def attention(
 
     The latter, table, embedding and scale are float32.
     """
-    maps = [x.contiguous() for x in maps]
-    sizes = _sizes(maps)
+    maps, sizes = [x.contiguous() for x in maps], _sizes(maps)
     out, lse = _attention_shapes(maps, table, embedding, scale)
-    block = _block(sizes.num_queries, FORWARD_QUERIES)
+    options = _options(FORWARD, maps, table, scale)
     launch(
-        attention_kernel, (triton.cdiv(sizes.num_queries, block), *lse.shape[1::-1]),
-        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes,
-        BLOCK_N=block, num_warps=max(4, block // 32), num_stages=1, **_constants(maps, table, scale),
+        attention_kernel, (triton.cdiv(sizes.num_queries, options["BLOCK_N"]), *lse.shape[1::-1]),
+        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **options,
     )  # fmt: skip
     return out, lse
 
@@ -97,46 +102,49 @@ def attention_gradients(
     scale: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of maps, table, and, where there are such, of embedding and scale."""
-    grad, maps = grad.contiguous(), [x.contiguous() for x in maps]
+    grad, maps, sizes = grad.contiguous(), [x.contiguous() for x in maps], _sizes(maps)
     parameters = _contiguous(table, embedding, scale)
     batch, num_heads, num_queries = lse.shape
-    sizes, constants = _sizes(maps), _constants(maps, table, scale)
     grad_maps = [torch.empty_like(x) for x in maps]
     grad_q, grad_k, grad_v = _split(grad_maps)
     grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
+    inputs = grad, *_split(maps), *parameters, lse
 
-    whole = sizes.num_keys <= KEYS
+    whole = sizes.num_keys <= OWN_KEYS
     if not whole:
+        options = _options(QUERY_GRADIENTS, maps, table, scale)
         launch(
-            query_gradients_kernel, (triton.cdiv(num_queries, QUERIES), num_heads, batch),
-            grad, *_split(maps), *parameters, lse, grad_q, grad_scale, delta, *sizes,
-            BLOCK_N=QUERIES, num_warps=4, num_stages=1, **constants,
+            query_gradients_kernel,
+            (triton.cdiv(num_queries, options["BLOCK_N"]), num_heads, batch),
+            *inputs, grad_q, grad_scale, delta, *sizes, **options,
         )  # fmt: skip
-    key_blocks = triton.cdiv(sizes.num_keys, KEYS)
-    steps = triton.cdiv(num_queries, 32)
-    if steps > 2: steps = 0
-    groups = batch
-    if steps:
-        groups = max(1, min(PROGRAMS // (num_heads * key_blocks), batch // IMAGES))
-    grad_embedding = table.new_empty(groups*key_blocks, num_heads, grad.shape[-1] // num_heads)
-    grad_table = table.new_empty(groups if steps else 0, *table.shape)
+
+    options = _options(KEY_GRADIENTS, maps, table, scale, keys=OWN_KEYS)
+    few = num_queries <= FEW_QUERIES
+    blocks = triton.cdiv(sizes.num_keys, options["BLOCK_M"])
+    groups = _groups(batch, blocks * num_heads) if few else batch
+    grad_table = table.new_empty(groups, *table.shape) if few else None
+    grad_embedding = table.new_empty(groups * blocks, num_heads, grad.shape[-1] // num_heads)
     launch(
-        attention_gradients_kernel, (key_blocks, num_heads, groups),
-        grad, *_split(maps), *parameters, lse, delta,
-        grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
+        attention_gradients_kernel, (blocks, num_heads, groups),
+        *inputs, delta, grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
         batch, triton.cdiv(batch, groups), *sizes,
-        BLOCK_N=32, WHOLE=whole, STEPS=steps, num_warps=4, num_stages=1, **constants,
+        WHOLE=whole, STEPS=triton.cdiv(num_queries, options["BLOCK_N"]) if few else 0, **options,
     )  # fmt: skip
-    if not steps:
-        blocks = triton.cdiv(num_queries, 64) * key_blocks
-        groups = max(1, min(PROGRAMS // (blocks * num_heads), batch // IMAGES))
+
+    if grad_table is None:
+        options = _options(TABLE_GRADIENTS, maps, table, scale)
+        steps = OWN_KEYS // KEYS
+        blocks = triton.cdiv(num_queries, options["BLOCK_N"])
+        blocks *= triton.cdiv(sizes.num_keys, options["BLOCK_M"] * steps)
+        groups = _groups(batch, blocks * num_heads)
         grad_table = table.new_empty(groups, *table.shape)
         launch(
             table_gradients_kernel, (blocks, num_heads, groups),
-            grad, *_split(maps), *parameters, lse, delta, grad_table,
-            batch, triton.cdiv(batch, groups), *sizes,
-            BLOCK_N=64, num_warps=4, num_stages=1, **constants,
-        )
+            *inputs, delta, grad_table, batch, triton.cdiv(batch, groups), *sizes,
+            STEPS=steps, **options,
+        )  # fmt: skip
+
     found = [*grad_maps, grad_table.sum(dim=0)]
     if embedding is None or scale is None:
         return found
@@ -198,21 +206,40 @@ def _sizes(maps: list[Tensor]) -> _Sizes:
     return _Sizes(prod(q.shape[1:3]), prod(kv.shape[1:3]), q.shape[-1], kv.shape[-1])
 
 
-def _block(count: int, limit: int) -> int:
-    """The size of a block of `count` tokens or channels: a power of two, for the tensor cores."""
-    return min(limit, max(16, triton.next_power_of_2(count)))
-
-
-def _constants(maps: list[Tensor], table: Tensor, scale: Tensor | None) -> dict[str, Any]:
-    """What kernels are built for."""
-    width = _split(maps)[0].shape[-1] // table.shape[0]
-    block = _block(_sizes(maps).num_keys, KEYS)
+def _options(
+    tiles: dict[int, tuple[int, int]],
+    maps: list[Tensor],
+    table: Tensor,
+    scale: Tensor | None,
+    *,
+    keys: int = KEYS,
+) -> dict[str, Any]:
+    """What a kernel is built for."""
+    q, k, _ = _split(maps)
+    width = q.shape[-1] // table.shape[0]
+    padded = _padded(width)
+    queries, num_warps = tiles[q.element_size()]
+    queries = max(16, queries * 32 // max(32, padded))
+    block = min(queries, _padded(prod(q.shape[1:3])))
     return {
         "COSINE": scale is not None,
         "WIDTH": width,
-        "BLOCK_M": block,
-        "BLOCK_D": _block(width, width * 2),
+        "BLOCK_N": block,
+        "BLOCK_M": min(keys, _padded(prod(k.shape[1:3]))),
+        "BLOCK_D": padded,
+        "num_warps": num_warps if block == queries else 4,
+        "num_stages": 1,
     }
+
+
+def _padded(count: int) -> int:
+    """The side of a tile for so many rows or columns: the tensor cores' least is 16."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def _groups(batch: int, programs: int) -> int:
+    """The number of groups that images are divided into, for so many programs a group."""
+    return max(1, min(PROGRAMS // programs, batch // IMAGES))
 
 
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:

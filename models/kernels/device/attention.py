@@ -247,11 +247,7 @@ def attention_gradients_kernel(
             if COSINE and WHOLE:
                 part = tl.sum(grad_logits * cosines, axis=0)
                 tl.store(grad_scale + line + rows, part, mask=there)
-            grown = ()
-            for step in tl.static_range(STEPS):
-                here = tl.where(start == step * BLOCK_N, grad_logits, 0.0)
-                grown = grown + (grad_bias[step] + here,)
-            grad_bias = grown
+            grad_bias = _add_at(grad_bias, start // BLOCK_N, grad_logits, STEPS)
             if COSINE:
                 grad_logits = grad_logits * factor[None, :]
                 grad_along += tl.sum(grad_logits, axis=1)
@@ -280,13 +276,13 @@ def attention_gradients_kernel(
         _store_tokens(grad_k + key_place, grad_keys, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
         _store_tokens(grad_v + key_place, grad_values, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
 
-    grad_table = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
+    if STEPS > 0:
+        grad_table = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
     for step in tl.static_range(STEPS):
         rows = step * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < num_queries)[None, :] & (columns < num_keys)[:, None]
-        tl.store(
-            grad_table + rows[None, :] * num_keys + columns[:, None], grad_bias[step], mask=inside
-        )
+        places = rows[None, :] * num_keys + columns[:, None]
+        tl.store(grad_table + places, grad_bias[step], mask=inside)
     if COSINE:
         place = ((group * tl.num_programs(0) + tl.program_id(0)) * num_heads + head) * WIDTH
         channels = tl.arange(0, BLOCK_D)
@@ -312,48 +308,70 @@ def table_gradients_kernel(
     q_stride,
     kv_stride,
     COSINE: tl.constexpr,
+    STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sum of the gradients of the logits over some images, [groups of images, h, N, M]."""
-    blocks = tl.cdiv(num_keys, BLOCK_M)
+    """The sum of the gradients of the logits over some images, [groups of images, h, N, M].
+
+    A program owns a block of queries and `STEPS` of keys, and keeps their sum in registers.
+    """
     head, group = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
-    rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    parts = tl.cdiv(num_keys, STEPS * BLOCK_M)
+    rows = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) % parts * STEPS * BLOCK_M
     there = rows < num_queries
     width = num_heads * WIDTH
-    constant = _load_embedding(embedding, head, COSINE, WIDTH, BLOCK_D)
     table = table + head.to(tl.int64) * num_queries * num_keys
-    bias = _load_table(table, rows, columns, num_queries, num_keys)
     if COSINE:
         scale = scale + head * num_queries
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for turn in tl.range(group * images, tl.minimum((group + 1) * images, batch), disable_licm=True):
+    constant = _load_embedding(embedding, head, COSINE, WIDTH, BLOCK_D)
+    totals = ()
+    for _ in tl.static_range(STEPS):
+        totals = totals + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    for turn in tl.range(
+        group * images, tl.minimum((group + 1) * images, batch), disable_licm=True
+    ):
         image = tl.cast(turn, tl.int64)
         line = (image * num_heads + head) * num_queries
-        grad_place = image * num_queries * width + head * WIDTH
-        query_place = image * num_queries * q_stride + head * WIDTH
+        grads_at = grad + image * num_queries * width + head * WIDTH
+        queries_at = q + image * num_queries * q_stride + head * WIDTH
         key_place = image * num_keys * kv_stride + head * WIDTH
-        grads = _load_tokens(grad + grad_place, rows, num_queries, width, WIDTH, BLOCK_D)
-        queries = _load_tokens(q + query_place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
-        keys = _load_tokens(k + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
-        values = _load_tokens(v + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+        grads = _load_tokens(grads_at, rows, num_queries, width, WIDTH, BLOCK_D)
+        queries = _load_tokens(queries_at, rows, num_queries, q_stride, WIDTH, BLOCK_D)
         denominator = tl.load(lse + line + rows, mask=there, other=float("inf"))
         mean = tl.load(delta + line + rows, mask=there, other=0.0)
         factor, inverse = _query_factors(queries, scale, rows, num_queries, COSINE)
-        column, along = _key_factors(keys, constant, COSINE)
-        logits = _cosines(queries, keys, inverse, column, along, COSINE, WIDTH)
-        if COSINE:
-            logits = logits * factor[:, None]
-        logits += bias
-        grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        total += tl.exp(logits - denominator[:, None]) * (grad_weights - mean[:, None])
+        for start in tl.range(0, STEPS * BLOCK_M, BLOCK_M, disable_licm=True):
+            columns = first + start + tl.arange(0, BLOCK_M)
+            keys = _load_tokens(k + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+            values = _load_tokens(v + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+            column, along = _key_factors(keys, constant, COSINE)
+            bias = _load_table(table, rows, columns, num_queries, num_keys)
+            logits = _cosines(queries, keys, inverse, column, along, COSINE, WIDTH)
+            if COSINE:
+                logits = logits * factor[:, None]
+            weights = tl.exp(logits + bias - denominator[:, None])
+            grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
+            totals = _add_at(totals, start // BLOCK_M, weights * (grad_weights - mean[:, None]), STEPS)
     grad_table = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
-    inside = there[:, None] & (columns < num_keys)[None, :]
-    tl.store(grad_table + rows[:, None] * num_keys + columns[None, :], total, mask=inside)
+    for step in tl.static_range(STEPS):
+        columns = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = there[:, None] & (columns < num_keys)[None, :]
+        places = rows[:, None] * num_keys + columns[None, :]
+        tl.store(grad_table + places, totals[step], mask=inside)
+
+
+@triton.jit
+def _add_at(totals, place, value, COUNT: tl.constexpr):
+    """Add to one of some tiles in registers, where the place is not known to the compiler."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (totals[i] + tl.where(place == i, value, 0.0),)
+    return sums
 
 
 @triton.jit
