@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from models.kernels.launch import Launch, noted
+from models.kernels.triton_attention import attention, attention_gradients
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -57,7 +58,20 @@ def launches(dtype: torch.dtype) -> list[Launch]:
     with noted() as started:
         gated_conv(gate, gate, weight, bias)
         gated_conv_gradients(gate, gate, gate, weight, bias)
+        _attend(dtype)
     return started
+
+
+def _attend(dtype: torch.dtype) -> None:
+    """TransNeXt-Base's last stage at 224 and 384 pixels, TransXNet-Base's first at 224."""
+    for side in (7, 12):
+        tokens = side**2
+        qkv = torch.empty(16, side, side, 3 * 768, dtype=dtype)
+        cosine = torch.empty(32, tokens, tokens), torch.empty(32, 1, 24), torch.empty(32, tokens, 1)
+        attention_gradients(*attention([qkv], *cosine), [qkv], *cosine)
+    maps = [torch.empty(16, 56, 56, 38, dtype=dtype), torch.empty(16, 7, 7, 76, dtype=dtype)]
+    relative = torch.empty(2, 56**2, 49), None, None
+    attention_gradients(*attention(maps, *relative), maps, *relative)
 
 
 def build(launch: Launch, target: int) -> Build:

@@ -10,12 +10,16 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import FASTER
-from .device.attention import attention_gradients_kernel, attention_kernel, query_gradients_kernel, table_gradients_kernel
+from .device.attention import (
+    attention_gradients_kernel,
+    attention_kernel,
+    query_gradients_kernel,
+    table_gradients_kernel,
+)
 from .eager import LIBRARY
 from .launch import launch
 
@@ -49,6 +53,7 @@ class _CosineAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, table: Tensor, embedding: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor
         out, lse = attention([qkv], table, embedding, scale)
         ctx.save_for_backward(lse, qkv, table, embedding, scale)
         return out
@@ -64,6 +69,7 @@ class _RelativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, table: Tensor) -> Tensor:
+        out: Tensor
         out, lse = attention([q, kv], table, None, None)
         ctx.save_for_backward(lse, q, kv, table)
         return out
@@ -86,7 +92,7 @@ def attention(
     out, lse = _attention_shapes(maps, table, embedding, scale)
     options = _options(FORWARD, maps, table, scale)
     launch(
-        attention_kernel, (triton.cdiv(sizes.num_queries, options["BLOCK_N"]), *lse.shape[1::-1]),
+        attention_kernel, (_blocks(sizes.num_queries, options["BLOCK_N"]), *lse.shape[1::-1]),
         *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **options,
     )  # fmt: skip
     return out, lse
@@ -115,33 +121,33 @@ def attention_gradients(
         options = _options(QUERY_GRADIENTS, maps, table, scale)
         launch(
             query_gradients_kernel,
-            (triton.cdiv(num_queries, options["BLOCK_N"]), num_heads, batch),
+            (_blocks(num_queries, options["BLOCK_N"]), num_heads, batch),
             *inputs, grad_q, grad_scale, delta, *sizes, **options,
         )  # fmt: skip
 
     options = _options(KEY_GRADIENTS, maps, table, scale, keys=OWN_KEYS)
     few = num_queries <= FEW_QUERIES
-    blocks = triton.cdiv(sizes.num_keys, options["BLOCK_M"])
+    blocks = _blocks(sizes.num_keys, options["BLOCK_M"])
     groups = _groups(batch, blocks * num_heads) if few else batch
     grad_table = table.new_empty(groups, *table.shape) if few else None
     grad_embedding = table.new_empty(groups * blocks, num_heads, grad.shape[-1] // num_heads)
     launch(
         attention_gradients_kernel, (blocks, num_heads, groups),
         *inputs, delta, grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
-        batch, triton.cdiv(batch, groups), *sizes,
-        WHOLE=whole, STEPS=triton.cdiv(num_queries, options["BLOCK_N"]) if few else 0, **options,
+        batch, _blocks(batch, groups), *sizes,
+        WHOLE=whole, STEPS=_blocks(num_queries, options["BLOCK_N"]) if few else 0, **options,
     )  # fmt: skip
 
     if grad_table is None:
         options = _options(TABLE_GRADIENTS, maps, table, scale)
         steps = OWN_KEYS // KEYS
-        blocks = triton.cdiv(num_queries, options["BLOCK_N"])
-        blocks *= triton.cdiv(sizes.num_keys, options["BLOCK_M"] * steps)
+        blocks = _blocks(num_queries, options["BLOCK_N"])
+        blocks *= _blocks(sizes.num_keys, options["BLOCK_M"] * steps)
         groups = _groups(batch, blocks * num_heads)
         grad_table = table.new_empty(groups, *table.shape)
         launch(
             table_gradients_kernel, (blocks, num_heads, groups),
-            *inputs, delta, grad_table, batch, triton.cdiv(batch, groups), *sizes,
+            *inputs, delta, grad_table, batch, _blocks(batch, groups), *sizes,
             STEPS=steps, **options,
         )  # fmt: skip
 
@@ -191,7 +197,7 @@ def _attention_gradient_flops(
 def _product_flops(map_shapes: list[torch.Size], table_shape: torch.Size) -> int:
     batch, *_, width = map_shapes[0]
     width //= 3 if len(map_shapes) == 1 else 1
-    return 2 * int(batch) * width * prod(table_shape[1:])
+    return 2 * int(batch) * int(width) * prod(table_shape[1:])
 
 
 def _split(maps: list[Tensor]) -> tuple[Tensor, ...]:
@@ -229,12 +235,18 @@ def _options(
         "BLOCK_D": padded,
         "num_warps": num_warps if block == queries else 4,
         "num_stages": 1,
+        # Left to itself, the assembler would spill to let a multiprocessor hold more programs.
+        "maxnreg": 255,
     }
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def _padded(count: int) -> int:
     """The side of a tile for so many rows or columns: the tensor cores' least is 16."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def _groups(batch: int, programs: int) -> int:

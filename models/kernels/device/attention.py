@@ -205,7 +205,9 @@ def attention_gradients_kernel(
     grad_bias = ()
     for _ in tl.static_range(STEPS):
         grad_bias = grad_bias + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
-    for turn in tl.range(group * images, tl.minimum((group + 1) * images, batch), disable_licm=True):
+    for turn in tl.range(
+        group * images, tl.minimum((group + 1) * images, batch), disable_licm=True
+    ):
         image = tl.cast(turn, tl.int64)
         line = (image * num_heads + head) * num_queries
         queries_at = q + image * num_queries * q_stride + head * WIDTH
@@ -356,7 +358,9 @@ def table_gradients_kernel(
                 logits = logits * factor[:, None]
             weights = tl.exp(logits + bias - denominator[:, None])
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
-            totals = _add_at(totals, start // BLOCK_M, weights * (grad_weights - mean[:, None]), STEPS)
+            totals = _add_at(
+                totals, start // BLOCK_M, weights * (grad_weights - mean[:, None]), STEPS
+            )
     grad_table = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
     for step in tl.static_range(STEPS):
         columns = first + step * BLOCK_M + tl.arange(0, BLOCK_M)

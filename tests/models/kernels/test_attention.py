@@ -62,6 +62,10 @@ OPERATORS = {
     "cosine": (cosine, cosine_inputs(2, (2, 3), 2, 8)),
     "relative": (relative, relative_inputs(2, (3, 3), (1, 2), 2, 8)),
 }
+ARGUMENTS = {
+    "cosine": ([randn(1, 2, 2, 3, 48)], randn(2, 2, 6, 6), randn(3, 2, 1, 8), randn(4, 2, 6, 1)),
+    "relative": ([randn(1, 2, 3, 3, 16), randn(2, 2, 1, 2, 32)], randn(3, 2, 9, 2), None, None),
+}
 either = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -120,7 +124,6 @@ def test_little_is_moved_twice_where_keys_are_few():
     q, kv, table = relative_inputs(8, (28, 28), (7, 7), 1, 32)
     q, kv = q.bfloat16(), kv.bfloat16()
     forward, backward = traffic([q, kv], table, None, None)
-    print(forward, backward, bytes_of(q,kv,table), bytes_of(table), bytes_of(q))
     denominators = 8 * 784 * 4
     least = bytes_of(q, q, kv, table) + denominators
     assert forward - 7 * bytes_of(table) <= 1.3 * least
@@ -131,10 +134,7 @@ def test_little_is_moved_twice_where_keys_are_few():
 
 @either
 def test_its_operators_are_sound(name):
-    maps, *parameters = {
-        "cosine": ([randn(1, 2, 2, 3, 48)], randn(2, 2, 6, 6), randn(3, 2, 1, 8), randn(4, 2, 6, 1)),
-        "relative": ([randn(1, 2, 3, 3, 16), randn(2, 2, 1, 2, 32)], randn(3, 2, 9, 2), None, None),
-    }[name]
+    maps, *parameters = ARGUMENTS[name]
     torch.library.opcheck(attention, (maps, *parameters))
     out, lse = attention(maps, *parameters)
     torch.library.opcheck(attention_gradients, (out, lse, maps, *parameters))

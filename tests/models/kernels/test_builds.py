@@ -8,7 +8,15 @@ import sys
 import pytest
 
 # Warps that a multiprocessor must hold for their loads to hide each other's latency.
-WARPS = {"gated_conv_kernel": 32, "gated_conv_gradients_kernel": 12}
+WARPS = {
+    "gated_conv_kernel": 32,
+    "gated_conv_gradients_kernel": 12,
+    # Tiles are loaded whole, so that few warps ask for much at once.
+    "attention_kernel": 8,
+    "query_gradients_kernel": 8,
+    "attention_gradients_kernel": 8,
+    "table_gradients_kernel": 8,
+}
 
 
 @pytest.mark.slow
