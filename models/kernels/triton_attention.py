@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import FASTER
-from .device.attention import (
+from .device.attention import attention_kernel
+from .device.attention_gradients import (
     attention_gradients_kernel,
-    attention_kernel,
     query_gradients_kernel,
     table_gradients_kernel,
 )
