@@ -3,7 +3,8 @@
 Tokens of an image are rows, some numbers apart, of which a head owns `WIDTH` columns; blocks are
 padded to `BLOCK_D` columns. N queries, M keys, B images, h heads. Matrix products are of numbers
 as they are stored; what scales or normalises them comes before or after, in float32. Cosine logits
-are scale · (q̂ + embedding) · k̂, with scale [h, N] and embedding [h, d].
+are scale · (q̂ + embedding) · k̂, with scale [h, N] and embedding [h, d]. Nothing is moved out of
+loops (`disable_licm`): registers would not suffice to keep it.
 """
 
 import triton

@@ -117,11 +117,10 @@ def attention_gradients_kernel(
             rows = start + tl.arange(0, BLOCK_N)
             queries = load_tokens(q + query_place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
             grads = load_tokens(grads_at, rows, num_queries, width, WIDTH, BLOCK_D)
-            cosine, weights, grad_logits, factor, inverse = differentiate_by_key(
-                queries, grads, keys, values, column, along, table, scale, lse + line,
+            grad_values, cosine, grad_logits, factor, inverse = differentiate_by_key(
+                grad_values, queries, grads, keys, values, column, along, table, scale, lse + line,
                 delta + line, rows, columns, num_queries, num_keys, COSINE, WHOLE, STEPS, WIDTH,
             )  # fmt: skip
-            grad_values += tl.dot(weights.to(grads.dtype), grads, input_precision="ieee")
             grad_bias = add_at(grad_bias, start // BLOCK_N, grad_logits, STEPS)
             if COSINE and WHOLE:
                 part = tl.sum(grad_logits * cosine, axis=0)
@@ -150,8 +149,9 @@ def attention_gradients_kernel(
     for step in tl.static_range(STEPS):
         rows = step * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < num_queries)[None, :] & (columns < num_keys)[:, None]
-        places = (group * num_heads + head).to(tl.int64) * num_queries + rows[None, :]
-        tl.store(grad_table + places * num_keys + columns[:, None], grad_bias[step], mask=inside)
+        part = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
+        places = rows[None, :] * num_keys + columns[:, None]
+        tl.store(part + places, grad_bias[step], mask=inside)
     if COSINE:
         place = ((group * tl.num_programs(0) + tl.program_id(0)) * num_heads + head) * WIDTH
         channels = tl.arange(0, BLOCK_D)
@@ -216,11 +216,13 @@ def table_gradients_kernel(
 
 @triton.jit
 def differentiate_by_key(
-    queries, grads, keys, values, column, along, table, scale, lse, delta, rows, columns,
-    num_queries, num_keys,
+    grad_values, queries, grads, keys, values, column, along, table, scale, lse, delta,
+    rows, columns, num_queries, num_keys,
     COSINE: tl.constexpr, WHOLE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Cosines, weights and gradients of logits, a row for each key, and the queries' factors."""
+    """Add to the gradients of values; return these, and, a row for each key, cosines and gradients
+    of the logits, and the factors of queries.
+    """
     there = rows < num_queries
     inside = there[None, :] & (columns < num_keys)[:, None]
     places = rows[None, :] * num_keys + columns[:, None]
@@ -230,6 +232,7 @@ def differentiate_by_key(
     cosine = tl.dot(keys, tl.trans(queries), input_precision="ieee")
     cosine = cosine * column[:, None] * inverse[None, :] + along[:, None]
     weights = tl.exp(cosine * factor[None, :] + bias - denominator[None, :])
+    grad_values += tl.dot(weights.to(grads.dtype), grads, input_precision="ieee")
     grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
     if WHOLE:
         mean = tl.sum(weights * grad_weights, axis=0)
@@ -237,7 +240,7 @@ def differentiate_by_key(
             tl.store(delta + rows, mean, mask=there)
     else:
         mean = tl.load(delta + rows, mask=there, other=0.0)
-    return cosine, weights, weights * (grad_weights - mean[None, :]), factor, inverse
+    return grad_values, cosine, weights * (grad_weights - mean[None, :]), factor, inverse
 
 
 @triton.jit
