@@ -5,13 +5,11 @@ A form is an autograd function that takes and returns what the definition does.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Definition = TypeVar("Definition")
 
 FASTER: dict[str, type[Function]] = {}
 
@@ -25,13 +23,15 @@ def choose(op: str, *, device: str, dtype: torch.dtype) -> str:
     return "triton" if fits else "eager"
 
 
-def form(op: str, definition: Definition, x: Tensor) -> type[Function] | Definition:
-    """Return the form of an operator for the map `x`: its definition, or a faster one.
-
-    The definition is None for an operator that is defined by a plain function.
-    """
+def faster(op: str, x: Tensor) -> type[Function] | None:
+    """Return the form of an operator for the map `x`, if it is not to be its definition."""
     name = _forced or choose(op, device=x.device.type, dtype=x.dtype)
-    return FASTER.get(op, definition) if name == "triton" else definition
+    return FASTER.get(op) if name == "triton" else None
+
+
+def form(op: str, definition: type[Function], x: Tensor) -> type[Function]:
+    """Return the form of an operator for the map `x`: its definition, or a faster one."""
+    return faster(op, x) or definition
 
 
 @contextmanager

@@ -80,8 +80,8 @@ def gelu_norm_conv(
     for the channels after those of the one before. bias [C].
     """
     sides = [weight.shape[-1] for weight in weights]
-    faster = form("gelu_norm_conv", _GeluNormConv, x)
-    op = faster if sides == sorted(sides) and sides[-1] <= WIDEST_MIXED else _GeluNormConv
+    mixes = sides == sorted(sides) and sides[-1] <= WIDEST_MIXED
+    op = form("gelu_norm_conv", _GeluNormConv, x) if mixes else _GeluNormConv
     with full_precision(x):
         out: Normed = op.apply(x, gain, shift, eps, group, bias, *weights)
     return out

@@ -89,7 +89,8 @@ def check(op: Op, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
             error = (value - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
             limit = 1e-5
         else:
-            error, usual = ((x - truth).norm() / truth.norm() for x in (value, like))
+            length = truth.norm().clamp_min(1e-30)
+            error, usual = ((x - truth).norm() / length for x in (value, like))
             limit = max(1.5 * usual, torch.finfo(dtype).eps / 2)
         assert error <= limit, f"output {number}: {error:.2e}, where {limit:.2e} is allowed"
 
