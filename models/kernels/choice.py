@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-
 FASTER: dict[str, type[Function]] = {}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
