@@ -30,11 +30,17 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.kernels import conv_glu, cosine_attention, dynamic_conv, relative_attention
+from models.kernels import (
+    conv_glu,
+    cosine_attention,
+    dynamic_conv,
+    gelu_norm_conv,
+    relative_attention,
+)
 from models.kernels.choice import force
 
-# GB/s and bfloat16 TFLOP/s of the makers.
-GPUS = {"A100": (2039, 312), "H100": (3350, 989), "B200": (8000, 2250)}
+# GB/s, and bfloat16 TFLOP/s with and without tensor cores, of the makers.
+GPUS = {"A100": (2039, 312, 19.5), "H100": (3350, 989, 67), "B200": (8000, 2250, 75)}
 
 Op = Callable[..., Tensor]
 
@@ -42,12 +48,14 @@ Op = Callable[..., Tensor]
 class Case(NamedTuple):
     """An operator, the shapes of what it takes at 224 pixels, and other ways to compute it.
 
-    The first `maps` inputs are maps; the others are float32 parameters.
+    The first `maps` inputs are maps; the others are float32 parameters. Most of its arithmetic is
+    matrix products, or nothing for `tensor_cores`.
     """
 
     op: Op
     shapes: Sequence[tuple[int, ...]]
     maps: int
+    tensor_cores: bool
     rivals: dict[str, Op]
 
 
@@ -118,6 +126,11 @@ def relative_parts(q: Tensor, kv: Tensor, heads: int) -> tuple[Tensor, Tensor, T
     return queries, keys, values
 
 
+def norm_conv(x: Tensor, gain: Tensor, shift: Tensor, bias: Tensor, *weights: Tensor) -> Tensor:
+    """`gelu_norm_conv` in one process, without the statistics that it returns."""
+    return gelu_norm_conv(x, gain, shift, list(weights), bias, eps=1e-5, group=None)[0]
+
+
 def cases(batch: int) -> dict[str, Case]:
     """The operators in the first stage (attention: where it is used) of the Base variants."""
     b = batch
@@ -126,21 +139,31 @@ def cases(batch: int) -> dict[str, Case]:
             conv_glu,
             [(b, 56, 56, 512), (b, 56, 56, 512), (512, 1, 3, 3), (512,), (96, 512), (96,)],
             2,
+            True,
             {},
         ),
         "cosine_attention": Case(
             cosine,
             [(b, 7, 7, 3 * 768), (32, 1, 24), (32, 1, 1), (32, 49, 49)],
             1,
+            True,
             {"sdpa": cosine_sdpa, "flex": cosine_flex},
         ),
         "relative_attention": Case(
             relative,
             [(b, 56, 56, 38), (b, 7, 7, 76), (2, 3136, 49)],
             2,
+            True,
             {"sdpa": relative_sdpa, "flex": relative_flex},
         ),
-        "dynamic_conv": Case(dynamic_conv, [(b, 56, 56, 38), (b, 7, 7, 38), (b, 38)], 3, {}),
+        "dynamic_conv": Case(dynamic_conv, [(b, 56, 56, 38), (b, 7, 7, 38), (b, 38)], 3, False, {}),
+        "gelu_norm_conv": Case(
+            norm_conv,
+            [(b, 56, 56, 608), *[(608,)] * 3, *[(152, 1, side, side) for side in (1, 3, 5, 7)]],
+            1,
+            False,
+            {},
+        ),
     }
 
 
@@ -154,28 +177,41 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     ]
 
 
-def least_bytes(inputs: Sequence[Tensor], out: Tensor) -> dict[str, int]:
-    """Bytes of a pass that reads every input and writes every result once."""
-    read, written = (sum(x.nbytes for x in some) for some in (inputs, [out]))
-    return {"forward": read + written, "backward": 2 * read + written}
+class Cost(NamedTuple):
+    """Of a pass: bytes if every input is read and every result written once, and FLOPs."""
+
+    moved: int
+    flops: int
+    tensor_cores: bool
+
+    def least_ms(self, gpu: str) -> float:
+        """The milliseconds that it takes at the least, by the maker's figures."""
+        bandwidth, dense, plain = GPUS[gpu]
+        rate = dense if self.tensor_cores else plain
+        return max(self.moved / bandwidth / 1e6, self.flops / rate / 1e9)
 
 
-def dry(name: str, case: Case, dtype: torch.dtype) -> None:
-    """Print what is counted: on the meta device nothing is computed."""
+def costs(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
+    """Count both passes on the meta device, where nothing is computed."""
     inputs = make_inputs(case, dtype, "meta")
     with force("triton"):
         with FlopCounterMode(display=False) as forward:
             out = case.op(*inputs)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(out, inputs, torch.empty_like(out))
-    counts = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    for which, moved in least_bytes(inputs, out).items():
-        least = {
-            gpu: round(max(moved / bandwidth / 1e6, counts[which] / flops / 1e9), 4)
-            for gpu, (bandwidth, flops) in GPUS.items()
-        }
-        row = {"operator": name, "pass": which, "dry": True, "least_bytes": moved}
-        print(json.dumps({**row, "flops": counts[which], "least_ms": least}), flush=True)
+    read, written = sum(x.nbytes for x in inputs), out.nbytes
+    return {
+        "forward": Cost(read + written, forward.get_total_flops(), case.tensor_cores),
+        "backward": Cost(2 * read + written, backward.get_total_flops(), case.tensor_cores),
+    }
+
+
+def dry(name: str, case: Case, dtype: torch.dtype) -> None:
+    """Print what is counted."""
+    for which, cost in costs(case, dtype).items():
+        row = {"operator": name, "pass": which, "dry": True, "least_bytes": cost.moved}
+        least = {gpu: round(cost.least_ms(gpu), 4) for gpu in GPUS}
+        print(json.dumps({**row, "flops": cost.flops, "least_ms": least}), flush=True)
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -209,15 +245,15 @@ def race(name: str, case: Case, dtype: torch.dtype, rounds: int) -> None:
                 spent["forward"].setdefault(form, []).append(forward)
                 spent["backward"].setdefault(form, []).append(backward)
     device = torch.cuda.get_device_name()
-    bandwidth = next((figures[0] for gpu, figures in GPUS.items() if gpu in device), None)
-    for which, moved in least_bytes(inputs, outs[0]).items():
+    known = next((gpu for gpu in GPUS if gpu in device), None)
+    for which, cost in costs(case, dtype).items():
         ms = {form: median(times) for form, times in spent[which].items()}
-        reached = moved / ms["triton"] / 1e6
-        row = {"operator": name, "pass": which, "device": device, "ms": round(ms["triton"], 4)}
-        ratios = {form: round(own / ms["triton"], 2) for form, own in ms.items()}
-        share = None if bandwidth is None else round(reached / bandwidth, 3)
-        row |= {"ratio": ratios, "gb_per_s": round(reached, 1), "share_of_roofline": share}
-        print(json.dumps(row), flush=True)
+        own = ms["triton"]
+        row = {"operator": name, "pass": which, "device": device, "ms": round(own, 4)}
+        ratios = {form: round(other / own, 2) for form, other in ms.items()}
+        share = None if known is None else round(cost.least_ms(known) / own, 3)
+        row |= {"ratio": ratios, "gb_per_s": round(cost.moved / own / 1e6, 1)}
+        print(json.dumps({**row, "share_of_roofline": share}), flush=True)
 
 
 def main() -> None:
