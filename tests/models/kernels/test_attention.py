@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.kernels import cosine_attention, relative_attention
 from models.kernels.choice import force
 from models.kernels.triton_attention import attention, attention_gradients
-from tests.models.kernels.interpreter import DTYPES, check, counted_traffic
+from tests.models.kernels.interpreter import DTYPES, check, check_one_graph, counted_traffic
 
 # Batch, grid, heads, head width: one token, the last stage at 224 pixels, several blocks of keys.
 COSINE = [(2, (1, 1), 2, 16), (2, (7, 7), 1, 24), (1, (5, 15), 2, 48)]
@@ -164,12 +164,7 @@ def test_it_saves_its_inputs_and_denominators_alone(name):
 def test_it_is_one_graph_to_the_compiler(name):
     operator, inputs = OPERATORS[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
-    compiled = torch.compile(operator, fullgraph=True)
-    with force("triton"):
-        results = [op(*leaves) for op in (compiled, operator)]
-        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
-    for one, other in zip([results[0], *grads[0]], [results[1], *grads[1]], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_one_graph(operator, leaves)
 
 
 @pytest.mark.parametrize(
