@@ -9,6 +9,7 @@ are contiguous.
 import triton
 import triton.language as tl
 
+from .depthwise import load_column, nothing
 from .gelu import below, density
 
 
@@ -35,13 +36,13 @@ def gated_conv_kernel(
     taps = _load_taps(weight, channels, inside)
     constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
 
-    left = _nothing(ROWS + 2, BLOCK)
-    here = _load_column(gate, top - 1, 0, height, width, num_channels, inside, ROWS + 2)
+    left = nothing(ROWS + 2, BLOCK)
+    here = load_column(gate, top - 1, 0, height, width, num_channels, inside, ROWS + 2)
     for column in range(width):
-        right = _load_column(
+        right = load_column(
             gate, top - 1, column + 1, height, width, num_channels, inside, ROWS + 2
         )
-        values = _load_column(value, top, column, height, width, num_channels, inside, ROWS)
+        values = load_column(value, top, column, height, width, num_channels, inside, ROWS)
         for i in tl.static_range(ROWS):
             conv = constant + _convolve(left, here, right, taps, i)
             row = top + i
@@ -89,17 +90,17 @@ def gated_conv_gradients_kernel(
     turned = _turned(taps)
     constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
 
-    left = _nothing(ROWS + 4, BLOCK)
-    here = _load_column(gate, top - 2, 0, height, width, num_channels, inside, ROWS + 4)
-    grad_left = _nothing(ROWS + 2, BLOCK)
-    grad_here = _nothing(ROWS + 2, BLOCK)
-    totals = _nothing(10, BLOCK)
+    left = nothing(ROWS + 4, BLOCK)
+    here = load_column(gate, top - 2, 0, height, width, num_channels, inside, ROWS + 4)
+    grad_left = nothing(ROWS + 2, BLOCK)
+    grad_here = nothing(ROWS + 2, BLOCK)
+    totals = nothing(10, BLOCK)
     for column in range(width + 1):
-        right = _load_column(
+        right = load_column(
             gate, top - 2, column + 1, height, width, num_channels, inside, ROWS + 4
         )
-        values = _load_column(value, top - 1, column, height, width, num_channels, inside, ROWS + 2)
-        grads = _load_column(grad, top - 1, column, height, width, num_channels, inside, ROWS + 2)
+        values = load_column(value, top - 1, column, height, width, num_channels, inside, ROWS + 2)
+        grads = load_column(grad, top - 1, column, height, width, num_channels, inside, ROWS + 2)
         grad_right = ()
         for i in tl.static_range(ROWS + 2):
             conv = constant + _convolve(left, here, right, taps, i)
@@ -131,32 +132,11 @@ def gated_conv_gradients_kernel(
 
 
 @triton.jit
-def _nothing(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    values = ()
-    for _ in tl.static_range(COUNT):
-        values = values + (tl.zeros((BLOCK,), tl.float32),)
-    return values
-
-
-@triton.jit
 def _load_taps(weight, channels, inside):
     taps = ()
     for tap in tl.static_range(9):
         taps = taps + (tl.load(weight + channels * 9 + tap, mask=inside, other=0.0).to(tl.float32),)
     return taps
-
-
-@triton.jit
-def _load_column(start, top, column, height, width, num_channels, inside, COUNT: tl.constexpr):
-    """`COUNT` pixels of a column from row `top` on; 0 outside the map."""
-    values = ()
-    for i in tl.static_range(COUNT):
-        row = top + i
-        there = (row >= 0) & (row < height) & (column < width)
-        place = (row * width + column) * num_channels
-        pixel = tl.load(start + place, mask=inside & there, other=0.0)
-        values = values + (pixel.to(tl.float32),)
-    return values
 
 
 @triton.jit

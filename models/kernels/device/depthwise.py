@@ -44,7 +44,7 @@ def convolve(
     for _ in tl.static_range(SIDE * ROWS):
         sums = sums + (constant,)
     for column in range(width):
-        pixels = _load_column(x, top - REACH, column, height, width, pitch, inside, COUNT)
+        pixels = load_column(x, top - REACH, column, height, width, pitch, inside, COUNT)
         if NORMED:
             centred = _activated(pixels, line[0], COUNT)
             pixels = _normalised(centred, line, top - REACH, height, COUNT)
@@ -98,14 +98,14 @@ def add_gradients(
     COUNT: tl.constexpr = ROWS + 2 * REACH
     window = nothing(REACH * COUNT, BLOCK)
     for i in tl.static_range(REACH):
-        ahead = _load_column(grad, top - REACH, i, height, width, grad_pitch, inside, COUNT)
+        ahead = load_column(grad, top - REACH, i, height, width, grad_pitch, inside, COUNT)
         window = window + ahead
     for column in range(width):
-        ahead = _load_column(
+        ahead = load_column(
             grad, top - REACH, column + REACH, height, width, grad_pitch, inside, COUNT
         )
         window = window + ahead
-        pixels = _load_column(x, top, column, height, width, pitch, inside, ROWS)
+        pixels = load_column(x, top, column, height, width, pitch, inside, ROWS)
         if NORMED:
             centred = _activated(pixels, line[0], ROWS)
             pixels = _normalised(centred, line, top, height, ROWS)
@@ -179,7 +179,7 @@ def load_line(line, num_channels, inside):
 
 
 @triton.jit
-def _load_column(start, top, column, height, width, pitch, inside, COUNT: tl.constexpr):
+def load_column(start, top, column, height, width, pitch, inside, COUNT: tl.constexpr):
     """`COUNT` pixels of a column from row `top` on; 0 outside the map."""
     values = ()
     for i in tl.static_range(COUNT):
