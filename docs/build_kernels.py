@@ -1,19 +1,23 @@
-"""Builds every kernel for GPUs that need not be there, and says what it takes of them.
+"""Builds every kernel for GPUs that need not be there, and writes what it takes of them.
 
-    python docs/build_kernels.py [--json]
+    python docs/build_kernels.py [--check]
 
-A table for docs/kernels.md, or a JSON line for each build.
+Writes docs/kernel_builds.md, in ten minutes of a CPU. With --check, says whether that page is of
+the kernels as they are: it names their sources' digest, and one build of each is made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,13 +26,29 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import models.kernels
 from models.kernels.launch import Launch, noted
+from models.kernels.triton_attention import attention, attention_gradients
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
+from models.kernels.triton_dynamic_conv import convolve_each, convolve_each_gradients
+from models.kernels.triton_norm_conv import activated_gradient, mixed_conv, mixed_conv_gradients
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Of a multiprocessor: registers and warps (of 32 threads), and KiB of shared memory by target.
 REGISTERS, WARPS = 65536, 64
 SHARED = {80: 164, 90: 228, 100: 228}
+KERNELS = Path(models.kernels.__file__).parent
+PAGE = Path(__file__).with_name("kernel_builds.md")
+TEXT = """# What the kernels' builds take
+
+Made by `python docs/build_kernels.py` with Triton {version} of the kernels with the digest
+`{digest}`. Registers, stack and local memory are a thread's, the latter two 0 where nothing
+spills; shared memory, in bytes, is a program's; warps are what a multiprocessor can hold of the
+kernel at once, out of 64. A kernel appears once for each shape of a map that it is built for: those
+of attention for TransNeXt-Base's last stage at 224 and 384 pixels and TransXNet-Base's first at
+224, in this order.
+
+"""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -51,13 +71,35 @@ class Build:
 
 
 def launches(dtype: torch.dtype) -> list[Launch]:
-    """What the operators start on the maps of TransNeXt-Base at 224 pixels."""
-    gate = torch.empty(1, 56, 56, 256, dtype=dtype)
-    weight, bias = gate.new_empty(256, 1, 3, 3), gate.new_empty(256)
+    """What the operators start on the maps of TransNeXt-Base and TransXNet-Base at 224 pixels."""
+    gate = torch.empty(1, 56, 56, 512, dtype=dtype)
+    weight, bias = gate.new_empty(512, 1, 3, 3), gate.new_empty(512)
+    near = gate.new_empty(1, 14, 14, 336).chunk(2, dim=-1)[0]
+    kernels, biases = gate.new_empty(1, 7, 7, 168), gate.new_empty(1, 168)
+    hidden, ends = gate.new_empty(1, 14, 14, 1344), (336, 672, 1008)
+    line, taps = torch.empty(3, 1344), torch.empty(7, 7, 1344)
     with noted() as started:
         gated_conv(gate, gate, weight, bias)
         gated_conv_gradients(gate, gate, gate, weight, bias)
+        convolve_each(near, kernels, biases)
+        convolve_each_gradients(near, near, kernels)
+        mixed_conv(hidden, line, taps, line[0], ends)
+        mixed_conv_gradients(hidden, hidden, line, taps, ends)
+        activated_gradient(hidden, hidden, line)
+        _attend(dtype)
     return started
+
+
+def _attend(dtype: torch.dtype) -> None:
+    """TransNeXt-Base's last stage at 224 and 384 pixels, TransXNet-Base's first at 224."""
+    for side in (7, 12):
+        tokens = side**2
+        qkv = torch.empty(16, side, side, 3 * 768, dtype=dtype)
+        cosine = torch.empty(32, tokens, tokens), torch.empty(32, 1, 24), torch.empty(32, tokens, 1)
+        attention_gradients(*attention([qkv], *cosine), [qkv], *cosine)
+    maps = [torch.empty(16, 56, 56, 38, dtype=dtype), torch.empty(16, 7, 7, 76, dtype=dtype)]
+    relative = torch.empty(2, 56**2, 49), None, None
+    attention_gradients(*attention(maps, *relative), maps, *relative)
 
 
 def build(launch: Launch, target: int) -> Build:
@@ -66,7 +108,10 @@ def build(launch: Launch, target: int) -> Build:
     signature, constants, aligned = {}, {}, {}
     for place, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if value is None:
+            signature[name] = "constexpr"
+            constants[(place,)] = None
+        elif isinstance(value, Tensor) or value % 16 == 0:
             aligned[(place,)] = [["tt.divisibility", 16]]
     options = dict(launch.options)
     for place, name in enumerate(names):
@@ -94,19 +139,57 @@ def build(launch: Launch, target: int) -> Build:
     )
 
 
-def builds() -> Iterator[Build]:
-    """Build every kernel for every dtype and target."""
-    for dtype in POINTERS:
-        for launch in launches(dtype):
-            for target in SHARED:
-                yield build(launch, target)
+def task(dtype: torch.dtype, index: int, target: int) -> Build:
+    """Make one of all builds: what the operators start as number `index`."""
+    return build(launches(dtype)[index], target)
 
 
-def table() -> str:
-    """Return the builds as a Markdown table."""
+def page() -> str:
+    """Return the whole page, from builds in as many processes as there are CPUs."""
+    tasks = [
+        (dtype, index, target)
+        for dtype in POINTERS
+        for index in range(len(launches(dtype)))
+        for target in SHARED
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+        builds = list(processes.map(task, *zip(*tasks, strict=True)))
     names = list(Build.__dataclass_fields__)
-    rows = [names, ["---"] * len(names), *([str(v) for v in asdict(b).values()] for b in builds())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [line(names), line(["---"] * len(names)), *(row(build) for build in builds)]
+    return TEXT.format(version=triton.__version__, digest=digest()) + "\n".join(rows) + "\n"
+
+
+def row(build: Build) -> str:
+    """A build as a row of the table."""
+    return line([str(value) for value in asdict(build).values()])
+
+
+def line(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def digest() -> str:
+    """A digest of the kernels, and of what starts them, without their comments."""
+    code = sha256()
+    for path in sorted([*KERNELS.glob("device/*.py"), *KERNELS.glob("triton_*.py")]):
+        code.update(ast.dump(ast.parse(path.read_text())).encode())
+    return code.hexdigest()[:16]
+
+
+def stale() -> str | None:
+    """Return why the page is not of these kernels, or None if it is."""
+    written = PAGE.read_text()
+    if digest() not in written:
+        return "the kernels have changed since"
+    first: dict[str, Launch] = {}
+    for launch in launches(torch.bfloat16):
+        first.setdefault(launch.kernel.__name__, launch)
+    for launch in first.values():
+        found = row(build(launch, 90))
+        if found not in written.splitlines():
+            return f"it does not have {found}"
+    return None
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -119,10 +202,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    if parser.parse_args().json:
-        for made in builds():
-            print(json.dumps(asdict(made)), flush=True)
-    else:
-        print(table())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    if not parser.parse_args().check:
+        PAGE.write_text(page())
+    elif (why := stale()) is not None:
+        sys.exit(f"{PAGE.name} is stale: {why}; run python docs/build_kernels.py")

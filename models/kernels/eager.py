@@ -94,12 +94,16 @@ def cosine_attention(
     key_count [N], bias [h, N, N]. Returns [B, H, W, C] in qkv's dtype.
     """
     num_heads = query_embedding.shape[0]
+    fused = faster("cosine_attention", qkv)
     with full_precision(qkv):
+        embedding, scale = widen(query_embedding), query_scale(temperature, key_count)
+        if fused is not None:
+            out: Tensor = fused.apply(qkv, widen(bias), embedding, scale)
+            return out
         queries, keys, values = (
             _split_heads(part.flatten(1, 2), num_heads) for part in qkv.chunk(3, dim=-1)
         )
-        scaled = (_unit(queries) + widen(query_embedding)) * query_scale(temperature, key_count)
-        logits = scaled @ _unit(keys).transpose(-2, -1)
+        logits = (_unit(queries) + embedding) * scale @ _unit(keys).transpose(-2, -1)
         mixed = (logits + bias).softmax(dim=-1).to(values.dtype) @ values
     return mixed.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
 
@@ -110,7 +114,11 @@ def relative_attention(q: Tensor, kv: Tensor, *, position: Tensor, num_heads: in
     q [B, H, W, C], kv [B, H', W', 2C] (keys, then values), position [h, N, M].
     Returns [B, H, W, C] in q's dtype.
     """
+    fused = faster("relative_attention", q)
     with full_precision(q):
+        if fused is not None:
+            out: Tensor = fused.apply(q, kv, widen(position))
+            return out
         keys, values = (_split_heads(p.flatten(1, 2), num_heads) for p in kv.chunk(2, dim=-1))
         queries = _split_heads(q.flatten(1, 2), num_heads)
         logits = (widen(queries) / math.sqrt(queries.shape[-1])) @ widen(keys).transpose(-2, -1)

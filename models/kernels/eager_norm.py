@@ -8,14 +8,19 @@ running statistics. `group` makes it the batch of all its ranks: one all-reduce 
 Shapes: B batch, H×W grid, C and D channels; maps are channels-last.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from .choice import form
 from .eager import LIBRARY, full_precision, wide_dtype, widen
 from .eager_depthwise import scaled_residual_conv, sums_inside, tap_sums, weight_gradient
+
+# The widest kernels that the faster form takes; its kernels are in rising order.
+WIDEST_MIXED = 7
 
 Group = distributed.ProcessGroup | None
 Normed = tuple[Tensor, Tensor, Tensor]
@@ -74,12 +79,15 @@ def gelu_norm_conv(
     The convolution is depthwise, of several kernel sizes: each of `weights` [C_i, 1, K_i, K_i] is
     for the channels after those of the one before. bias [C].
     """
+    sides = [weight.shape[-1] for weight in weights]
+    mixes = sides == sorted(sides) and sides[-1] <= WIDEST_MIXED
+    op = form("gelu_norm_conv", _GeluNormConv, x) if mixes else _GeluNormConv
     with full_precision(x):
-        out: Normed = _GeluNormConv.apply(x, gain, shift, eps, group, bias, *weights)
+        out: Normed = op.apply(x, gain, shift, eps, group, bias, *weights)
     return out
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """A batch's normalisation as a line, scale * x + constant; all [C] but the scalar `size`.
 
     `variance` has eps in it; `size` is the number of values that a channel's statistics are of.
@@ -93,14 +101,17 @@ class _Line(NamedTuple):
 
     @property
     def inverse(self) -> Tensor:
+        """One over the standard deviation."""
         return torch.rsqrt(self.variance)
 
     @property
     def scale(self) -> Tensor:
+        """By how much the map is multiplied."""
         return self.gain * self.inverse
 
     @property
     def constant(self) -> Tensor:
+        """What is added to that."""
         return self.shift - self.mean * self.scale
 
     def apply(self, x: Tensor) -> Tensor:
@@ -129,15 +140,15 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
     ) -> Normed:
-        norm, unbiased = _batch_line(x, gain, shift, eps, group)
+        norm, unbiased = batch_line(x, gain, shift, eps, group)
         ctx.save_for_backward(x, *norm)
         ctx.group = group
-        return _with_statistics(ctx, norm.apply(x), norm.mean, unbiased)
+        return with_statistics(ctx, norm.apply(x), norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        norm, x, grad = _Line(*rest), widen(x), widen(grads[0])
+        norm, x, grad = Line(*rest), widen(x), widen(grads[0])
         grad_shift = _sum(grad)
         products = _sum(x * grad) - norm.mean * grad_shift
         slope, offset = norm.through_statistics(products, grad_shift, ctx.group)
@@ -184,7 +195,7 @@ class _GeluNormLinear(torch.autograd.Function):
         group: Group,
     ) -> Normed:
         active = F.gelu(x)
-        norm, unbiased = _batch_line(active, gain, shift, eps, group)
+        norm, unbiased = batch_line(active, gain, shift, eps, group)
         ctx.save_for_backward(x, *norm, weight)
         ctx.group = group
         # The norm is a line, and goes into the linear layer.
@@ -193,12 +204,12 @@ class _GeluNormLinear(torch.autograd.Function):
         if bias is not None:
             constant = constant + bias
         out = F.linear(active, (wide * norm.scale).to(x.dtype), constant.to(x.dtype))
-        return _with_statistics(ctx, out, norm.mean, unbiased)
+        return with_statistics(ctx, out, norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *line, weight = ctx.saved_tensors
-        norm, grad, wide = _Line(*line), grads[0].flatten(0, -2), widen(weight)
+        norm, grad, wide = Line(*line), grads[0].flatten(0, -2), widen(weight)
         with full_precision(x):
             active = F.gelu(x).flatten(0, -2)
             # All other sums over the map follow from these two.
@@ -227,25 +238,25 @@ class _GeluNormConv(torch.autograd.Function):
         *weights: Tensor,
     ) -> Normed:
         active = F.gelu(x)
-        norm, unbiased = _batch_line(active, gain, shift, eps, group)
+        norm, unbiased = batch_line(active, gain, shift, eps, group)
         ctx.save_for_backward(x, *norm, *weights)
         ctx.group = group
         # The norm is a line: its scale goes into the kernels, its constant into every image alike.
-        kernel = _one_size(weights)
+        kernel = one_size(weights)
         constant = bias + norm.constant * (1 + sums_inside(kernel, active.shape[1:3]))
         out = scaled_residual_conv(active, kernel * _per_kernel(norm.scale), None, norm.scale)
-        return _with_statistics(ctx, out.add_(constant), norm.mean, unbiased)
+        return with_statistics(ctx, out.add_(constant), norm.mean, unbiased)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        split = len(_Line._fields)
-        norm, weights, grad = _Line(*rest[:split]), rest[split:], grads[0]
+        split = len(Line._fields)
+        norm, weights, grad = Line(*rest[:split]), rest[split:], grads[0]
         with full_precision(x):
-            active, kernel = F.gelu(x), _one_size(weights)
+            active, kernel = F.gelu(x), one_size(weights)
             # Of the norm's two parts, the line and the constant: no more passes over a map.
             constant = tap_sums(grad, side=kernel.shape[-1])
-            line = _one_size(_weight_gradients(active, grad, weights))
+            line = one_size(_weight_gradients(active, grad, weights))
             line = line - constant * _per_kernel(norm.mean)
             products, grad_shift = (
                 (kernel * part).sum(dim=(1, 2, 3)) + _centre(part) for part in (line, constant)
@@ -256,16 +267,16 @@ class _GeluNormConv(torch.autograd.Function):
             grad_x = _gelu_backward(grad_active.addcmul_(active, slope), x)
             grad_kernel = line * _per_kernel(norm.scale) + constant * _per_kernel(norm.shift)
         parameters = products * norm.inverse, grad_shift
-        return grad_x, *parameters, None, None, _centre(constant), *_own_sizes(grad_kernel, weights)
+        return grad_x, *parameters, None, None, _centre(constant), *own_sizes(grad_kernel, weights)
 
 
-def _batch_line(
+def batch_line(
     x: Tensor, gain: Tensor, shift: Tensor, eps: float, group: Group
-) -> tuple[_Line, Tensor]:
+) -> tuple[Line, Tensor]:
     """What a batch's normalisation does to a map, and the batch's unbiased variance."""
     mean, variance, count = _statistics(x, group)
     unbiased = variance * (count / (count - 1).clamp_min(1))
-    return _Line(gain, shift, mean, variance + eps, count), unbiased
+    return Line(gain, shift, mean, variance + eps, count), unbiased
 
 
 def _statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,7 +313,7 @@ def _statistics_shapes(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _with_statistics(ctx: Any, out: Tensor, mean: Tensor, unbiased: Tensor) -> Normed:
+def with_statistics(ctx: Any, out: Tensor, mean: Tensor, unbiased: Tensor) -> Normed:
     """What an operator returns: its output, and what moves the running statistics."""
     ctx.mark_non_differentiable(mean, unbiased)
     return out, mean, unbiased
@@ -347,7 +358,7 @@ def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
-def _one_size(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def one_size(weights: Sequence[Tensor]) -> Tensor:
     """Kernels of several sizes, as one [C, 1, K, K] with zeros around the smaller ones."""
     widest = max(weight.shape[-1] for weight in weights)
     margins = [(widest - weight.shape[-1]) // 2 for weight in weights]
@@ -355,8 +366,8 @@ def _one_size(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return widen(torch.cat(padded))
 
 
-def _own_sizes(kernel: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """`_one_size` undone: the middle of each part of the channels, sized as in `like`."""
+def own_sizes(kernel: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """`one_size` undone: the middle of each part of the channels, sized as in `like`."""
     parts = torch.split(kernel, [len(weight) for weight in like])
     margins = [(kernel.shape[-1] - weight.shape[-1]) // 2 for weight in like]
     return [F.pad(part, (-margin,) * 4) for part, margin in zip(parts, margins, strict=True)]

@@ -9,6 +9,9 @@ are contiguous.
 import triton
 import triton.language as tl
 
+from .depthwise import load_column, nothing
+from .gelu import below, density
+
 
 @triton.jit
 def gated_conv_kernel(
@@ -33,18 +36,18 @@ def gated_conv_kernel(
     taps = _load_taps(weight, channels, inside)
     constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
 
-    left = _nothing(ROWS + 2, BLOCK)
-    here = _load_column(gate, top - 1, 0, height, width, num_channels, inside, ROWS + 2)
+    left = nothing(ROWS + 2, BLOCK)
+    here = load_column(gate, top - 1, 0, height, width, num_channels, inside, ROWS + 2)
     for column in range(width):
-        right = _load_column(
+        right = load_column(
             gate, top - 1, column + 1, height, width, num_channels, inside, ROWS + 2
         )
-        values = _load_column(value, top, column, height, width, num_channels, inside, ROWS)
+        values = load_column(value, top, column, height, width, num_channels, inside, ROWS)
         for i in tl.static_range(ROWS):
             conv = constant + _convolve(left, here, right, taps, i)
             row = top + i
             place = (row * width + column) * num_channels
-            tl.store(out + place, conv * _below(conv) * values[i], mask=inside & (row < height))
+            tl.store(out + place, conv * below(conv) * values[i], mask=inside & (row < height))
         left = here
         here = right
 
@@ -87,24 +90,24 @@ def gated_conv_gradients_kernel(
     turned = _turned(taps)
     constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
 
-    left = _nothing(ROWS + 4, BLOCK)
-    here = _load_column(gate, top - 2, 0, height, width, num_channels, inside, ROWS + 4)
-    grad_left = _nothing(ROWS + 2, BLOCK)
-    grad_here = _nothing(ROWS + 2, BLOCK)
-    totals = _nothing(10, BLOCK)
+    left = nothing(ROWS + 4, BLOCK)
+    here = load_column(gate, top - 2, 0, height, width, num_channels, inside, ROWS + 4)
+    grad_left = nothing(ROWS + 2, BLOCK)
+    grad_here = nothing(ROWS + 2, BLOCK)
+    totals = nothing(10, BLOCK)
     for column in range(width + 1):
-        right = _load_column(
+        right = load_column(
             gate, top - 2, column + 1, height, width, num_channels, inside, ROWS + 4
         )
-        values = _load_column(value, top - 1, column, height, width, num_channels, inside, ROWS + 2)
-        grads = _load_column(grad, top - 1, column, height, width, num_channels, inside, ROWS + 2)
+        values = load_column(value, top - 1, column, height, width, num_channels, inside, ROWS + 2)
+        grads = load_column(grad, top - 1, column, height, width, num_channels, inside, ROWS + 2)
         grad_right = ()
         for i in tl.static_range(ROWS + 2):
             conv = constant + _convolve(left, here, right, taps, i)
-            below = _below(conv)
-            active = conv * below
+            share = below(conv)
+            active = conv * share
             # Nothing flows from outside the map: there, grads are 0.
-            grad_conv = grads[i] * values[i] * (below + conv * _density(conv))
+            grad_conv = grads[i] * values[i] * (share + conv * density(conv))
             grad_right = grad_right + (grad_conv,)
             if i > 0 and i <= ROWS:
                 row = top + i - 1
@@ -129,32 +132,11 @@ def gated_conv_gradients_kernel(
 
 
 @triton.jit
-def _nothing(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    values = ()
-    for _ in tl.static_range(COUNT):
-        values = values + (tl.zeros((BLOCK,), tl.float32),)
-    return values
-
-
-@triton.jit
 def _load_taps(weight, channels, inside):
     taps = ()
     for tap in tl.static_range(9):
         taps = taps + (tl.load(weight + channels * 9 + tap, mask=inside, other=0.0).to(tl.float32),)
     return taps
-
-
-@triton.jit
-def _load_column(start, top, column, height, width, num_channels, inside, COUNT: tl.constexpr):
-    """`COUNT` pixels of a column from row `top` on; 0 outside the map."""
-    values = ()
-    for i in tl.static_range(COUNT):
-        row = top + i
-        there = (row >= 0) & (row < height) & (column < width)
-        place = (row * width + column) * num_channels
-        pixel = tl.load(start + place, mask=inside & there, other=0.0)
-        values = values + (pixel.to(tl.float32),)
-    return values
 
 
 @triton.jit
@@ -188,15 +170,3 @@ def _add_sums(totals, left, here, right, grad, ROW: tl.constexpr):
         sums = sums + (totals[3 * i + 1] + grad * here[ROW + i],)
         sums = sums + (totals[3 * i + 2] + grad * right[ROW + i],)
     return sums + (totals[9] + grad,)
-
-
-@triton.jit
-def _below(x):
-    """The normal distribution: GELU is x times this."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _density(x):
-    """Its density: GELU's derivative is the distribution, and x times this."""
-    return 0.3989422804014327 * tl.exp(-0.5 * x * x)

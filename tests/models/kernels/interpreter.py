@@ -89,6 +89,30 @@ def check(op: Op, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
             error = (value - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
             limit = 1e-5
         else:
-            error, usual = ((x - truth).norm() / truth.norm() for x in (value, like))
+            length = truth.norm().clamp_min(1e-30)
+            error, usual = ((x - truth).norm() / length for x in (value, like))
             limit = max(1.5 * usual, torch.finfo(dtype).eps / 2)
         assert error <= limit, f"output {number}: {error:.2e}, where {limit:.2e} is allowed"
+
+
+def saved_addresses(op: Op, leaves: Sequence[Tensor]) -> list[int]:
+    """Where the tensors lie that an operator's kernels save for the backward pass."""
+    saved: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with force("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        op(*leaves)
+    return [x.untyped_storage().data_ptr() for x in saved]
+
+
+def check_one_graph(op: Op, leaves: Sequence[Tensor]) -> None:
+    """The compiler makes one graph of an operator's kernels, with the same value and gradients."""
+    compiled = torch.compile(op, fullgraph=True)
+    with force("triton"):
+        results = [function(*leaves) for function in (compiled, op)]
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for one, other in zip([results[0], *grads[0]], [results[1], *grads[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

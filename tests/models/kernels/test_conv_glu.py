@@ -7,7 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.kernels import conv_glu
 from models.kernels.choice import choose, force
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
-from tests.models.kernels.interpreter import DTYPES, check, counted_traffic
+from tests.models.kernels.interpreter import (
+    DTYPES,
+    check,
+    check_one_graph,
+    counted_traffic,
+    saved_addresses,
+)
 
 # One pixel, one row, borders within a strip, several blocks of channels.
 SHAPES = [(1, 1, 1, 5), (2, 1, 4, 16), (1, 5, 3, 20), (2, 9, 2, 24), (1, 4, 3, 140)]
@@ -55,27 +61,14 @@ def test_its_operators_are_sound():
 
 def test_it_saves_its_inputs_alone():
     leaves = [x.requires_grad_() for x in inputs((1, 5, 3, 20))]
-    saved = []
-
-    def keep(x):
-        saved.append(x)
-        return x
-
-    with force("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        conv_glu(*leaves)
     addresses = {x.untyped_storage().data_ptr() for x in leaves}
-    assert {x.untyped_storage().data_ptr() for x in saved} <= addresses
+    assert set(saved_addresses(conv_glu, leaves)) <= addresses
 
 
 @pytest.mark.slow
 def test_it_is_one_graph_to_the_compiler():
     leaves = [x.requires_grad_() for x in inputs((1, 5, 3, 20))]
-    compiled = torch.compile(conv_glu, fullgraph=True)
-    with force("triton"):
-        results = [op(*leaves) for op in (compiled, conv_glu)]
-        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
-    for one, other in zip([results[0], *grads[0]], [results[1], *grads[1]], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    check_one_graph(conv_glu, leaves)
 
 
 def test_flops_are_counted():

@@ -1,0 +1,262 @@
+"""Attention with a table of biases on a GPU: its weights are never written.
+
+Shapes: B batch, H×W grid, N = H·W queries, M keys, h heads, d head width, C = h·d; maps are
+channels-last. `maps` are queries, keys and values in one, [B, H, W, 3C], or queries [B, H, W, C]
+and the keys and values [B, H', W', 2C]. Logits are scaled dot products, or, given an embedding
+[h, 1, d] and a scale [h, N, 1], cosines; to both a table [h, N, M] is added.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .choice import FASTER
+from .device.attention import attention_kernel
+from .device.attention_gradients import (
+    attention_gradients_kernel,
+    query_gradients_kernel,
+    table_gradients_kernel,
+)
+from .eager import LIBRARY
+from .launch import launch
+
+# Keys of a block.
+KEYS = 32
+# The most keys whose gradients one program computes.
+OWN_KEYS = 64
+# Queries of a block, and warps, that registers suffice for, by the bytes of a number.
+FORWARD = {2: (256, 8), 4: (128, 8)}
+QUERY_GRADIENTS = {2: (64, 4), 4: (32, 8)}
+KEY_GRADIENTS = {2: (32, 4), 4: (16, 8)}
+TABLE_GRADIENTS = {2: (128, 8), 4: (32, 8)}
+# The most queries for which the table's gradient stays in registers beside those of the keys.
+FEW_QUERIES = 64
+# Images are divided among programs until there are so many programs, but so few images for each:
+# every program writes a part of the table's gradient.
+PROGRAMS, IMAGES = 128, 8
+
+
+class _Sizes(NamedTuple):
+    """Tokens of an image, and how many numbers apart they are."""
+
+    num_queries: int
+    num_keys: int
+    q_stride: int
+    kv_stride: int
+
+
+class _CosineAttention(torch.autograd.Function):
+    """Saves its inputs, and the softmax's denominators."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, table: Tensor, embedding: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor
+        out, lse = attention([qkv], table, embedding, scale)
+        ctx.save_for_backward(lse, qkv, table, embedding, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        lse, qkv, *parameters = ctx.saved_tensors
+        return tuple(attention_gradients(grads[0], lse, [qkv], *parameters))
+
+
+class _RelativeAttention(torch.autograd.Function):
+    """Saves its inputs, and the softmax's denominators."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, table: Tensor) -> Tensor:
+        out: Tensor
+        out, lse = attention([q, kv], table, None, None)
+        ctx.save_for_backward(lse, q, kv, table)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        lse, q, kv, table = ctx.saved_tensors
+        return tuple(attention_gradients(grads[0], lse, [q, kv], table, None, None))
+
+
+@torch.library.custom_op(f"{LIBRARY}::attention", mutates_args=())
+def attention(
+    maps: list[Tensor], table: Tensor, embedding: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The mixed values [B, H, W, C], and the log of the softmax's denominators [B, h, N].
+
+    The latter, table, embedding and scale are float32.
+    """
+    maps, sizes = [x.contiguous() for x in maps], _sizes(maps)
+    out, lse = _attention_shapes(maps, table, embedding, scale)
+    options = _options(FORWARD, maps, table, scale)
+    launch(
+        attention_kernel, (_blocks(sizes.num_queries, options["BLOCK_N"]), *lse.shape[1::-1]),
+        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op(f"{LIBRARY}::attention_gradients", mutates_args=())
+def attention_gradients(
+    grad: Tensor,
+    lse: Tensor,
+    maps: list[Tensor],
+    table: Tensor,
+    embedding: Tensor | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of maps, table, and, where there are such, of embedding and scale."""
+    grad, maps, sizes = grad.contiguous(), [x.contiguous() for x in maps], _sizes(maps)
+    parameters = _contiguous(table, embedding, scale)
+    batch, num_heads, num_queries = lse.shape
+    grad_maps = [torch.empty_like(x) for x in maps]
+    grad_q, grad_k, grad_v = _split(grad_maps)
+    grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
+    inputs = grad, *_split(maps), *parameters, lse
+
+    whole = sizes.num_keys <= OWN_KEYS
+    if not whole:
+        options = _options(QUERY_GRADIENTS, maps, table, scale)
+        launch(
+            query_gradients_kernel,
+            (_blocks(num_queries, options["BLOCK_N"]), num_heads, batch),
+            *inputs, grad_q, grad_scale, delta, *sizes, **options,
+        )  # fmt: skip
+
+    options = _options(KEY_GRADIENTS, maps, table, scale, keys=OWN_KEYS)
+    few = num_queries <= FEW_QUERIES
+    blocks = _blocks(sizes.num_keys, options["BLOCK_M"])
+    groups = _groups(batch, blocks * num_heads) if few else batch
+    grad_table = table.new_empty(groups, *table.shape) if few else None
+    grad_embedding = table.new_empty(groups * blocks, num_heads, grad.shape[-1] // num_heads)
+    launch(
+        attention_gradients_kernel, (blocks, num_heads, groups),
+        *inputs, delta, grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
+        batch, _blocks(batch, groups), *sizes,
+        WHOLE=whole, STEPS=_blocks(num_queries, options["BLOCK_N"]) if few else 0, **options,
+    )  # fmt: skip
+
+    if grad_table is None:
+        options = _options(TABLE_GRADIENTS, maps, table, scale)
+        steps = OWN_KEYS // KEYS
+        blocks = _blocks(num_queries, options["BLOCK_N"])
+        blocks *= _blocks(sizes.num_keys, options["BLOCK_M"] * steps)
+        groups = _groups(batch, blocks * num_heads)
+        grad_table = table.new_empty(groups, *table.shape)
+        launch(
+            table_gradients_kernel, (blocks, num_heads, groups),
+            *inputs, delta, grad_table, batch, _blocks(batch, groups), *sizes,
+            STEPS=steps, **options,
+        )  # fmt: skip
+
+    found = [*grad_maps, grad_table.sum(dim=0)]
+    if embedding is None or scale is None:
+        return found
+    grad_embedding = grad_embedding.sum(dim=0).view(embedding.shape)
+    return [*found, grad_embedding, grad_scale.sum(dim=0).view(scale.shape)]
+
+
+@attention.register_fake
+def _attention_shapes(
+    maps: list[Tensor], table: Tensor, embedding: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    q, *_ = _split(maps)
+    lse = q.new_empty(q.shape[0], *table.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@attention_gradients.register_fake
+def _attention_gradient_shapes(
+    grad: Tensor,
+    lse: Tensor,
+    maps: list[Tensor],
+    table: Tensor,
+    embedding: Tensor | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    inputs = (*maps, table, embedding, scale)
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).attention)
+def _attention_flops(map_shapes: Any, table_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """The products of queries and keys, and of weights and values."""
+    return 2 * _product_flops(map_shapes, table_shape)
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).attention_gradients)
+def _attention_gradient_flops(
+    grad: Any, lse: Any, map_shapes: Any, table_shape: torch.Size, *_: Any, **__: Any
+) -> int:
+    """The logits again, and the gradients of both factors of both products."""
+    return 5 * _product_flops(map_shapes, table_shape)
+
+
+def _product_flops(map_shapes: list[torch.Size], table_shape: torch.Size) -> int:
+    batch, *_, width = map_shapes[0]
+    width //= 3 if len(map_shapes) == 1 else 1
+    return 2 * int(batch) * int(width) * prod(table_shape[1:])
+
+
+def _split(maps: list[Tensor]) -> tuple[Tensor, ...]:
+    """Queries, keys and values, as views."""
+    if len(maps) == 1:
+        return maps[0].chunk(3, dim=-1)
+    return maps[0], *maps[1].chunk(2, dim=-1)
+
+
+def _sizes(maps: list[Tensor]) -> _Sizes:
+    q, kv = maps[0], maps[-1]
+    return _Sizes(prod(q.shape[1:3]), prod(kv.shape[1:3]), q.shape[-1], kv.shape[-1])
+
+
+def _options(
+    tiles: dict[int, tuple[int, int]],
+    maps: list[Tensor],
+    table: Tensor,
+    scale: Tensor | None,
+    *,
+    keys: int = KEYS,
+) -> dict[str, Any]:
+    """What a kernel is built for."""
+    q, k, _ = _split(maps)
+    width = q.shape[-1] // table.shape[0]
+    padded = _padded(width)
+    queries, num_warps = tiles[q.element_size()]
+    queries = max(16, queries * 32 // max(32, padded))
+    block = min(queries, _padded(prod(q.shape[1:3])))
+    return {
+        "COSINE": scale is not None,
+        "WIDTH": width,
+        "BLOCK_N": block,
+        "BLOCK_M": min(keys, _padded(prod(k.shape[1:3]))),
+        "BLOCK_D": padded,
+        "num_warps": num_warps if block == queries else 4,
+        "num_stages": 1,
+        # Left to itself, the assembler would spill to let a multiprocessor hold more programs.
+        "maxnreg": 255,
+    }
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _padded(count: int) -> int:
+    """The side of a tile for so many rows or columns: the tensor cores' least is 16."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def _groups(batch: int, programs: int) -> int:
+    """The number of groups that images are divided into, for so many programs a group."""
+    return max(1, min(PROGRAMS // programs, batch // IMAGES))
+
+
+def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in parameters]
+
+
+FASTER["cosine_attention"] = _CosineAttention
+FASTER["relative_attention"] = _RelativeAttention
