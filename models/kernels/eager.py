@@ -312,10 +312,10 @@ class _AggregatedAttention(torch.autograd.Function):
             grad_unit = grad_unit + grad_window @ tokens.transpose(-2, -1)
             grad_tokens = (unit.transpose(-2, -1) @ grad_window).sum(dim=0)
         return (
-            _merge_heads(_unit_backward(raw_queries.flatten(2, 3), grad_unit), q),
-            _merge_heads(_unit_backward(raw_keys, grad_keys).flatten(2, 3), k),
+            _merge_heads(unit_backward(raw_queries.flatten(2, 3), grad_unit), q),
+            _merge_heads(unit_backward(raw_keys, grad_keys).flatten(2, 3), k),
             _merge_heads(grad_values.flatten(2, 3), v),
-            _merge_heads(_unit_backward(raw_pool_keys, grad_pool_keys), pool_k),
+            _merge_heads(unit_backward(raw_pool_keys, grad_pool_keys), pool_k),
             _merge_heads(grad_pool_values, pool_v),
             grad_embedding[:, None],
             grad_scale[..., None],
@@ -342,7 +342,7 @@ def _unit(x: Tensor) -> Tensor:
     return unit
 
 
-def _unit_backward(x: Tensor, grad: Tensor) -> Tensor:
+def unit_backward(x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of `_unit` at `x`; a length below its floor of 1e-12 counts as constant."""
     x = widen(x)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

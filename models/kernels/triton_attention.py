@@ -39,13 +39,26 @@ FEW_QUERIES = 64
 PROGRAMS, IMAGES = 128, 8
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """Tokens of an image, and how many numbers apart they are."""
 
     num_queries: int
     num_keys: int
     q_stride: int
     kv_stride: int
+
+
+class Inputs(NamedTuple):
+    """What gradients are computed from: maps, parameters, and the softmax's denominators."""
+
+    grad: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    embedding: Tensor | None
+    scale: Tensor | None
+    lse: Tensor
 
 
 class _CosineAttention(torch.autograd.Function):
@@ -90,10 +103,10 @@ def attention(
     """
     maps, sizes = [x.contiguous() for x in maps], _sizes(maps)
     out, lse = _attention_shapes(maps, table, embedding, scale)
-    options = _options(FORWARD, maps, table, scale)
+    chosen = options(FORWARD, _split(maps)[0], table, scale, sizes)
     launch(
-        attention_kernel, (_blocks(sizes.num_queries, options["BLOCK_N"]), *lse.shape[1::-1]),
-        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **options,
+        attention_kernel, (blocks(sizes.num_queries, chosen["BLOCK_N"]), *lse.shape[1::-1]),
+        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **chosen,
     )  # fmt: skip
     return out, lse
 
@@ -109,53 +122,61 @@ def attention_gradients(
 ) -> list[Tensor]:
     """The gradients of maps, table, and, where there are such, of embedding and scale."""
     grad, maps, sizes = grad.contiguous(), [x.contiguous() for x in maps], _sizes(maps)
-    parameters = _contiguous(table, embedding, scale)
     batch, num_heads, num_queries = lse.shape
     grad_maps = [torch.empty_like(x) for x in maps]
     grad_q, grad_k, grad_v = _split(grad_maps)
     grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
-    inputs = grad, *_split(maps), *parameters, lse
+    parameters = table.contiguous(), *_contiguous(embedding, scale)
+    inputs = Inputs(grad, *_split(maps), *parameters, lse)
 
     whole = sizes.num_keys <= OWN_KEYS
     if not whole:
-        options = _options(QUERY_GRADIENTS, maps, table, scale)
+        chosen = options(QUERY_GRADIENTS, inputs.q, table, scale, sizes)
         launch(
             query_gradients_kernel,
-            (_blocks(num_queries, options["BLOCK_N"]), num_heads, batch),
-            *inputs, grad_q, grad_scale, delta, *sizes, **options,
+            (blocks(num_queries, chosen["BLOCK_N"]), num_heads, batch),
+            *inputs, grad_q, grad_scale, delta, *sizes, **chosen,
         )  # fmt: skip
 
-    options = _options(KEY_GRADIENTS, maps, table, scale, keys=OWN_KEYS)
+    chosen = options(KEY_GRADIENTS, inputs.q, table, scale, sizes, keys=OWN_KEYS)
     few = num_queries <= FEW_QUERIES
-    blocks = _blocks(sizes.num_keys, options["BLOCK_M"])
-    groups = _groups(batch, blocks * num_heads) if few else batch
+    parts = blocks(sizes.num_keys, chosen["BLOCK_M"])
+    groups = _groups(batch, parts * num_heads) if few else batch
     grad_table = table.new_empty(groups, *table.shape) if few else None
-    grad_embedding = table.new_empty(groups * blocks, num_heads, grad.shape[-1] // num_heads)
+    grad_embedding = table.new_empty(groups * parts, num_heads, grad.shape[-1] // num_heads)
     launch(
-        attention_gradients_kernel, (blocks, num_heads, groups),
+        attention_gradients_kernel, (parts, num_heads, groups),
         *inputs, delta, grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
-        batch, _blocks(batch, groups), *sizes,
-        WHOLE=whole, STEPS=_blocks(num_queries, options["BLOCK_N"]) if few else 0, **options,
+        batch, blocks(batch, groups), *sizes,
+        WHOLE=whole, STEPS=blocks(num_queries, chosen["BLOCK_N"]) if few else 0, **chosen,
     )  # fmt: skip
 
     if grad_table is None:
-        options = _options(TABLE_GRADIENTS, maps, table, scale)
-        steps = OWN_KEYS // KEYS
-        blocks = _blocks(num_queries, options["BLOCK_N"])
-        blocks *= _blocks(sizes.num_keys, options["BLOCK_M"] * steps)
-        groups = _groups(batch, blocks * num_heads)
-        grad_table = table.new_empty(groups, *table.shape)
-        launch(
-            table_gradients_kernel, (blocks, num_heads, groups),
-            *inputs, delta, grad_table, batch, _blocks(batch, groups), *sizes,
-            STEPS=steps, **options,
-        )  # fmt: skip
-
+        grad_table = table_gradients(inputs, delta, sizes)
     found = [*grad_maps, grad_table.sum(dim=0)]
     if embedding is None or scale is None:
         return found
     grad_embedding = grad_embedding.sum(dim=0).view(embedding.shape)
     return [*found, grad_embedding, grad_scale.sum(dim=0).view(scale.shape)]
+
+
+def table_gradients(inputs: Inputs, delta: Tensor, sizes: Sizes) -> Tensor:
+    """Parts of the sum over the batch of a table's gradient, [groups of images, h, N, M].
+
+    `delta` [B, h, N] are the means of the softmax weights' gradients.
+    """
+    table, batch = inputs.table, len(inputs.q)
+    chosen = options(TABLE_GRADIENTS, inputs.q, table, inputs.scale, sizes)
+    steps = OWN_KEYS // KEYS
+    programs = blocks(sizes.num_queries, chosen["BLOCK_N"])
+    programs *= blocks(sizes.num_keys, chosen["BLOCK_M"] * steps)
+    groups = _groups(batch, programs * len(table))
+    grad_table = table.new_empty(groups, *table.shape)
+    launch(
+        table_gradients_kernel, (programs, len(table), groups),
+        *inputs, delta, grad_table, batch, blocks(batch, groups), *sizes, STEPS=steps, **chosen,
+    )  # fmt: skip
+    return grad_table
 
 
 @attention.register_fake
@@ -207,32 +228,32 @@ def _split(maps: list[Tensor]) -> tuple[Tensor, ...]:
     return maps[0], *maps[1].chunk(2, dim=-1)
 
 
-def _sizes(maps: list[Tensor]) -> _Sizes:
+def _sizes(maps: list[Tensor]) -> Sizes:
     q, kv = maps[0], maps[-1]
-    return _Sizes(prod(q.shape[1:3]), prod(kv.shape[1:3]), q.shape[-1], kv.shape[-1])
+    return Sizes(prod(q.shape[1:3]), prod(kv.shape[1:3]), q.shape[-1], kv.shape[-1])
 
 
-def _options(
+def options(
     tiles: dict[int, tuple[int, int]],
-    maps: list[Tensor],
+    q: Tensor,
     table: Tensor,
     scale: Tensor | None,
+    sizes: Sizes,
     *,
     keys: int = KEYS,
 ) -> dict[str, Any]:
-    """What a kernel is built for."""
-    q, k, _ = _split(maps)
-    width = q.shape[-1] // table.shape[0]
-    padded = _padded(width)
+    """What a kernel is built for: the tiles that registers suffice for, for queries [B, ..., C]."""
+    width = q.shape[-1] // len(table)
+    wide = padded(width)
     queries, num_warps = tiles[q.element_size()]
-    queries = max(16, queries * 32 // max(32, padded))
-    block = min(queries, _padded(prod(q.shape[1:3])))
+    queries = max(16, queries * 32 // max(32, wide))
+    block = min(queries, padded(sizes.num_queries))
     return {
         "COSINE": scale is not None,
         "WIDTH": width,
         "BLOCK_N": block,
-        "BLOCK_M": min(keys, _padded(prod(k.shape[1:3]))),
-        "BLOCK_D": padded,
+        "BLOCK_M": min(keys, padded(sizes.num_keys)),
+        "BLOCK_D": wide,
         "num_warps": num_warps if block == queries else 4,
         "num_stages": 1,
         # Left to itself, the assembler would spill to let a multiprocessor hold more programs.
@@ -240,11 +261,12 @@ def _options(
     }
 
 
-def _blocks(count: int, size: int) -> int:
+def blocks(count: int, size: int) -> int:
+    """How many blocks of a size hold so many."""
     return -(-count // size)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     """The side of a tile for so many rows or columns: the tensor cores' least is 16."""
     return max(16, 1 << (count - 1).bit_length())
 
