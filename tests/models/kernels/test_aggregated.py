@@ -107,20 +107,19 @@ def arguments(case, dtype=torch.float32):
     return [*maps, embedding, scale, tokens, token_bias, local, pooled]
 
 
+@pytest.mark.slow
 def test_little_is_moved_twice_in_the_first_stage():
-    """Of TransNeXt's at 224 pixels, narrowed; the biases of pooled keys stay in the cache."""
-    batch, heads, width = 4, 1, 24
-    given = arguments((batch, (14, 56), heads, width, 49, 3), torch.bfloat16)
-    size = [x.numel() * x.element_size() for x in given]
+    """Of half an image of TransNeXt's at 224 pixels, narrowed."""
+    given = arguments((1, (56, 28), 1, 24, 49, 3), torch.bfloat16)
     with counted_traffic() as forward:
         out, log_sum = aggregate(*given)
     with counted_traffic() as backward:
         aggregate_gradients(out, log_sum, *given)
-    pixels, bias, numbers = size[0], size[-1], log_sum.numel() * 4
-    again = (batch - 1) * bias  # from the cache
-    assert forward.total - again <= 1.3 * (sum(size) + pixels + numbers)
-    least = 2 * sum(size) + pixels + numbers
-    assert backward.total - (2 * batch - 1) * bias <= 1.6 * least
+    every = [x.numel() * x.element_size() for x in (*given, out, log_sum)]
+    assert forward.total <= 1.3 * sum(every)
+    # The gradient of the bias is a second pass, for which the bias is in the cache.
+    bias, read = every[10], every[:11]
+    assert backward.total - bias <= 1.6 * (sum(every) + sum(read))
 
 
 def test_its_operators_are_sound():
