@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 import models.kernels
 from models.kernels.launch import Launch, noted
+from models.kernels.triton_aggregated import aggregate, aggregate_gradients
 from models.kernels.triton_attention import attention, attention_gradients
 from models.kernels.triton_conv_glu import gated_conv, gated_conv_gradients
 from models.kernels.triton_dynamic_conv import convolve_each, convolve_each_gradients
@@ -46,7 +47,8 @@ Made by `python docs/build_kernels.py` with Triton {version} of the kernels with
 spills; shared memory, in bytes, is a program's; warps are what a multiprocessor can hold of the
 kernel at once, out of 64. A kernel appears once for each shape of a map that it is built for: those
 of attention for TransNeXt-Base's last stage at 224 and 384 pixels and TransXNet-Base's first at
-224, in this order.
+224, in this order, and then, with those of aggregated attention, for TransNeXt-Base's first stage
+at 224 and 384.
 
 """
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -87,6 +89,7 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         mixed_conv_gradients(hidden, hidden, line, taps, ends)
         activated_gradient(hidden, hidden, line)
         _attend(dtype)
+        _aggregate(dtype)
     return started
 
 
@@ -100,6 +103,17 @@ def _attend(dtype: torch.dtype) -> None:
     maps = [torch.empty(16, 56, 56, 38, dtype=dtype), torch.empty(16, 7, 7, 76, dtype=dtype)]
     relative = torch.empty(2, 56**2, 49), None, None
     attention_gradients(*attention(maps, *relative), maps, *relative)
+
+
+def _aggregate(dtype: torch.dtype) -> None:
+    """TransNeXt-Base's first stage at 224 and 384 pixels, whose image is pooled to a 32nd."""
+    for side in (56, 96):
+        image = torch.empty(1, side, side, 96, dtype=dtype)
+        pooled = torch.empty(1, (side // 8) ** 2, 96, dtype=dtype)
+        learned = torch.empty(4, 1, 24), torch.empty(4, side**2, 1), torch.empty(4, 24, 9)
+        biases = *torch.empty(2, 4, 1, 9), torch.empty(4, side**2, pooled.shape[1])
+        given = image, image, image, pooled, pooled, *learned, *biases
+        aggregate_gradients(*aggregate(*given), *given)
 
 
 def build(launch: Launch, target: int) -> Build:
