@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.kernels import (
+    aggregated_attention,
     conv_glu,
     cosine_attention,
     dynamic_conv,
@@ -57,6 +58,80 @@ class Case(NamedTuple):
     maps: int
     tensor_cores: bool
     rivals: dict[str, Op]
+
+
+def aggregated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    embedding: Tensor,
+    temperature: Tensor,
+    tokens: Tensor,
+    token_bias: Tensor,
+    local_bias: Tensor,
+    pool_bias: Tensor,
+) -> Tensor:
+    """`aggregated_attention` in windows of three."""
+    rows, columns = q.shape[1:3]
+    inside = F.unfold(torch.ones(1, 1, rows, columns, device=q.device), 3, padding=1)[0].T > 0
+    return aggregated_attention(
+        q,
+        k,
+        v,
+        pool_k,
+        pool_v,
+        query_embedding=embedding,
+        temperature=temperature,
+        key_count=inside.sum(dim=1) + pool_k.shape[1],
+        local_bias=local_bias,
+        pool_bias=pool_bias,
+        tokens=tokens,
+        token_bias=token_bias,
+        outside=~inside,
+    )
+
+
+def aggregated_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    embedding: Tensor,
+    temperature: Tensor,
+    tokens: Tensor,
+    token_bias: Tensor,
+    local_bias: Tensor,
+    pool_bias: Tensor,
+) -> Tensor:
+    """Its softmax alone by FlexAttention, up to rounding: there is no place for the tokens."""
+    rows, columns = q.shape[1:3]
+    heads, count = len(embedding), rows * columns
+
+    def split(x: Tensor) -> Tensor:
+        return x.view(len(x), -1, heads, x.shape[-1] // heads).transpose(1, 2)
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        down, right = key // columns - query // columns, key % columns - query % columns
+        return (key >= count) | ((down.abs() <= 1) & (right.abs() <= 1))
+
+    def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        down, right = key // columns - query // columns, key % columns - query % columns
+        slot = (down * 3 + right + 4).clamp(0, 8)
+        far = pool_bias[head, query, (key - count).clamp_min(0)]
+        return score + torch.where(key < count, local_bias[head, 0, slot], far)
+
+    inside = F.unfold(torch.ones(1, 1, rows, columns, device=q.device), 3, padding=1)[0].T > 0
+    visible = (inside.sum(dim=1) + pool_k.shape[1]).float()
+    scale = F.softplus(temperature) * visible.log()[:, None]
+    queries = ((F.normalize(split(q).float(), dim=-1) + embedding) * scale).to(v.dtype)
+    keys = F.normalize(torch.cat([split(k), split(pool_k)], dim=2).float(), dim=-1).to(v.dtype)
+    values = torch.cat([split(v), split(pool_v)], dim=2)
+    mask = create_block_mask(near, None, None, count, keys.shape[2], device=q.device)
+    mixed: Any = flex_attention(queries, keys, values, score_mod=biased, block_mask=mask, scale=1.0)
+    return mixed.transpose(1, 2).reshape(q.shape)
 
 
 def cosine(qkv: Tensor, embedding: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
@@ -135,6 +210,14 @@ def cases(batch: int) -> dict[str, Case]:
     """The operators in the first stage (attention: where it is used) of the Base variants."""
     b = batch
     return {
+        "aggregated_attention": Case(
+            aggregated,
+            [*[(b, 56, 56, 96)] * 3, *[(b, 49, 96)] * 2, (4, 1, 24), (4, 1, 1), (4, 24, 9)]
+            + [*[(4, 1, 9)] * 2, (4, 3136, 49)],
+            5,
+            True,
+            {"flex": aggregated_flex},
+        ),
         "conv_glu": Case(
             conv_glu,
             [(b, 56, 56, 512), (b, 56, 56, 512), (512, 1, 3, 3), (512,), (96, 512), (96,)],
