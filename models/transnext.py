@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
 from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry, stage_plan
 from .kernels import aggregated_attention, conv_glu, cosine_attention, pooled_gelu
-from .kernels.eager import widen
 from .layers import Conv, Depthwise, Pointwise, add_branch
 from .position import PositionBias
 

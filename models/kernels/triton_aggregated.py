@@ -125,10 +125,11 @@ def aggregate_gradients(
         grad_pools = _pool_gradients(far, inner, counts)
     else:
         grad_pool_k, grad_pool_v = pool_sums.sum(dim=1)
-        by_head = pool_k.unflatten(-1, (heads, width)), grad_pool_k.unflatten(-1, (heads, width))
-        grad_pools = [unit_backward(*by_head).flatten(2).to(q.dtype), grad_pool_v.to(q.dtype)]
+        by_head = *pool_k.shape[:2], heads, width
+        grad_pool_k = unit_backward(pool_k.view(by_head), grad_pool_k.view(by_head)).flatten(2)
+        grad_pools = [grad_pool_k.to(q.dtype), grad_pool_v.to(q.dtype)]
     grad_tokens, grad_token_bias, grad_local_bias, grad_embedding = (
-        part.sum(dim=(0, 1)) for part in sums.split(sizes, dim=-1)
+        part.sum(dim=(0, 1)) for part in torch.split(sums, sizes, dim=-1)
     )
     return [
         *grad_maps,

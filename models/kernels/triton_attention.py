@@ -106,7 +106,8 @@ def attention(
     chosen = options(FORWARD, _split(maps)[0], table, scale, sizes)
     launch(
         attention_kernel, (blocks(sizes.num_queries, chosen["BLOCK_N"]), *lse.shape[1::-1]),
-        *_split(maps), *_contiguous(table, embedding, scale), out, lse, *sizes, **chosen,
+        *_split(maps), table.contiguous(), _contiguous(embedding), _contiguous(scale),
+        out, lse, *sizes, **chosen,
     )  # fmt: skip
     return out, lse
 
@@ -126,7 +127,7 @@ def attention_gradients(
     grad_maps = [torch.empty_like(x) for x in maps]
     grad_q, grad_k, grad_v = _split(grad_maps)
     grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
-    parameters = table.contiguous(), *_contiguous(embedding, scale)
+    parameters = table.contiguous(), _contiguous(embedding), _contiguous(scale)
     inputs = Inputs(grad, *_split(maps), *parameters, lse)
 
     whole = sizes.num_keys <= OWN_KEYS
@@ -221,11 +222,10 @@ def _product_flops(map_shapes: list[torch.Size], table_shape: torch.Size) -> int
     return 2 * int(batch) * int(width) * prod(table_shape[1:])
 
 
-def _split(maps: list[Tensor]) -> tuple[Tensor, ...]:
+def _split(maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, as views."""
-    if len(maps) == 1:
-        return maps[0].chunk(3, dim=-1)
-    return maps[0], *maps[1].chunk(2, dim=-1)
+    q, k, v = maps[0].chunk(3, dim=-1) if len(maps) == 1 else (maps[0], *maps[1].chunk(2, dim=-1))
+    return q, k, v
 
 
 def _sizes(maps: list[Tensor]) -> Sizes:
@@ -276,8 +276,8 @@ def _groups(batch: int, programs: int) -> int:
     return max(1, min(PROGRAMS // programs, batch // IMAGES))
 
 
-def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in parameters]
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
 
 
 FASTER["cosine_attention"] = _CosineAttention

@@ -200,7 +200,7 @@ def clamp(x, COUNT: tl.constexpr):
 
 @triton.jit
 def _by_offset(table, head, offset, row: tl.constexpr, WINDOW: tl.constexpr):
-    """Of a table [h, slots], each pair's entry by how far apart the two are; 0 out of the window."""
+    """Of a table [h, slots], each pair's entry, by how far apart the two are; 0 beyond."""
     entry = tl.zeros(offset.shape, tl.float32)
     for j in tl.static_range(WINDOW):
         entry = tl.where(offset == j, tl.load(table + (head * WINDOW + row) * WINDOW + j), entry)

@@ -260,17 +260,17 @@ def _window_gradients(
 @triton.jit
 def _mix_finely(weights, x):
     """The same as `mix`, with what rounding the weights leaves: sums over all queries show it."""
-    if x.dtype == tl.float32:
-        return mix(weights, x)
-    else:
-        high = narrow(weights, x.dtype)
-        return product(high, x) + mix(weights - high.to(tl.float32), x)
+    mixed = mix(weights, x)
+    if x.dtype != tl.float32:
+        mixed += mix(weights - narrow(weights, x.dtype).to(tl.float32), x)
+    return mixed
 
 
 @triton.jit
 def _wide_product(a, b, dtype):
     """A product of float32 numbers, on tensor cores where maps are of another dtype."""
     if dtype == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
+        wide = tl.dot(a, b, input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="tf32x3")
+        wide = tl.dot(a, b, input_precision="tf32x3")
+    return wide
