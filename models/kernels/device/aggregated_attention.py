@@ -45,16 +45,15 @@ def aggregated_attention_kernel(
     columns = tl.program_id(0) * (COLUMNS - 2 * REACH) + lanes - REACH
     there = (columns >= 0) & (columns < width)
     own = there & (lanes >= REACH) & (lanes < COLUMNS - REACH)
-    in_head = channels < HEAD
-    stride = num_heads * HEAD
-    num_queries = height * width
+    in_head = (channels < HEAD)[None, :]
+    stride, num_queries = num_heads * HEAD, height * width
     pixels = columns[:, None] * stride + channels[None, :]
     start = image * num_queries * stride + head * HEAD
-    q, k, v, out = q + start, k + start, v + start, out + start
+    q, out = q + start, out + start
     log_sum += (image * num_heads + head) * num_queries
     scale += head * num_queries
     pool_bias += head * num_queries * num_pooled
-    seen, owned = there[:, None] & in_head[None, :], own[:, None] & in_head[None, :]
+    owned = own[:, None] & in_head
     pooled = image * num_pooled * stride + head * HEAD
     pool_k, pool_v = pool_k + pooled, pool_v + pooled
     far_key = load_tokens(pool_k, places, num_pooled, stride, HEAD, WIDE)
@@ -66,21 +65,12 @@ def aggregated_attention_kernel(
     offset = lanes[None, :] - lanes[:, None] + REACH
     near = (offset >= 0) & (offset < WINDOW) & there[None, :]
 
-    keys, values, lengths, embedded = (), (), (), ()
-    for i in tl.static_range(WINDOW):
-        key, value, length, along = load_keys(
-            k, v, pixels, i - REACH - 1, height, width, stride, seen, embedding
-        )
-        keys, values = keys + (key,), values + (value,)
-        lengths, embedded = lengths + (length,), embedded + (along,)
-
+    keys_at = k + start, v + start, pixels, height, width, stride, there[:, None] & in_head
+    keys, values, lengths, embedded = first_rows(keys_at, embedding, WINDOW)
     for row in range(height):
-        key, value, length, along = load_keys(
-            k, v, pixels, row + REACH, height, width, stride, seen, embedding
+        keys, values, lengths, embedded = next_rows(
+            keys, values, lengths, embedded, keys_at, row + REACH, embedding, WINDOW
         )
-        keys, values = advance(keys, key, WINDOW), advance(values, value, WINDOW)
-        lengths, embedded = advance(lengths, length, WINDOW), advance(embedded, along, WINDOW)
-
         place = pixels + row * width * stride
         query = tl.load(q + place, mask=owned, other=0.0)
         rows = tl.where(own, row * width + columns, num_queries)
@@ -88,26 +78,10 @@ def aggregated_attention_kernel(
         sharpness = tl.load(scale + rows, mask=own, other=0.0)
         by_token = tl.trans(mix(token, tl.trans(query))) * inverse[:, None]
 
-        logits = ()
-        top = tl.full((COLUMNS,), NEVER, tl.float32)
-        for i in tl.static_range(WINDOW):
-            logit = cosines(query, keys[i], inverse, lengths[i], embedded[i]) * sharpness[:, None]
-            logit += _by_offset(local_bias, head, offset, i, WINDOW)
-            inside = near & (row + i >= REACH) & (row + i < height + REACH)
-            logit = tl.where(inside, logit, -float("inf"))
-            top = tl.maximum(top, tl.max(logit, axis=1))
-            logits = logits + (logit,)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        mixed = tl.zeros((COLUMNS, WIDE), tl.float32)
-        added = tl.zeros((COLUMNS, WIDE), tl.float32)
-        for i in tl.static_range(WINDOW):
-            weight = tl.exp(logits[i] - top[:, None])
-            total += tl.sum(weight, axis=1)
-            mixed += mix(weight, values[i])
-            extra = tl.gather(by_token, clamp(offset, WINDOW) + i * WINDOW, axis=1)
-            extra += _by_offset(token_bias, head, offset, i, WINDOW)
-            added += mix(tl.where(near, extra, 0.0), values[i])
-
+        top, total, mixed, added = _window_part(
+            query, inverse, sharpness, by_token, keys, values, lengths, embedded, local_bias,
+            token_bias, head, near, offset, row, height, WINDOW,
+        )  # fmt: skip
         for first in range(0, num_pooled, POOLED):
             index = first + places
             if not WHOLE:
@@ -129,8 +103,60 @@ def aggregated_attention_kernel(
 
 
 @triton.jit
-def load_keys(k, v, pixels, row, height, width, stride, seen, embedding):
+def _window_part(
+    query, inverse, sharpness, by_token, keys, values, lengths, embedded, local_bias, token_bias,
+    head, near, offset, row, height, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The window's highest logits, and its weights' sums, which are not divided yet.
+
+    Of weights alone, of weights times values, and of what the learned tokens add to the weights.
+    """
+    logits = ()
+    top = tl.full((COLUMNS,), NEVER, tl.float32)
+    for i in tl.static_range(WINDOW):
+        logit = cosines(query, keys[i], inverse, lengths[i], embedded[i]) * sharpness[:, None]
+        logit += _by_offset(local_bias, head, offset, i, WINDOW)
+        inside = near & (row + i >= WINDOW // 2) & (row + i < height + WINDOW // 2)
+        logit = tl.where(inside, logit, -float("inf"))
+        top = tl.maximum(top, tl.max(logit, axis=1))
+        logits = logits + (logit,)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    mixed = tl.zeros(query.shape, tl.float32)
+    added = tl.zeros(query.shape, tl.float32)
+    for i in tl.static_range(WINDOW):
+        weight = tl.exp(logits[i] - top[:, None])
+        total += tl.sum(weight, axis=1)
+        mixed += mix(weight, values[i])
+        extra = tl.gather(by_token, clamp(offset, WINDOW) + i * WINDOW, axis=1)
+        extra += _by_offset(token_bias, head, offset, i, WINDOW)
+        added += mix(tl.where(near, extra, 0.0), values[i])
+    return top, total, mixed, added
+
+
+@triton.jit
+def first_rows(keys_at, embedding, WINDOW: tl.constexpr):
+    """The rows that the window around the row above the map spans: see `_load_keys`."""
+    keys, values, lengths, embedded = (), (), (), ()
+    for i in tl.static_range(WINDOW):
+        key, value, length, along = _load_keys(keys_at, i - WINDOW // 2 - 1, embedding)
+        keys, values = keys + (key,), values + (value,)
+        lengths, embedded = lengths + (length,), embedded + (along,)
+    return keys, values, lengths, embedded
+
+
+@triton.jit
+def next_rows(keys, values, lengths, embedded, keys_at, row, embedding, WINDOW: tl.constexpr):
+    """The rows of a window one further down, of which `row` is the last."""
+    key, value, length, along = _load_keys(keys_at, row, embedding)
+    keys, values = advance(keys, key, WINDOW), advance(values, value, WINDOW)
+    lengths, embedded = advance(lengths, length, WINDOW), advance(embedded, along, WINDOW)
+    return keys, values, lengths, embedded
+
+
+@triton.jit
+def _load_keys(keys_at, row, embedding):
     """A row's keys and values, and what makes cosines of the keys' products."""
+    k, v, pixels, height, width, stride, seen = keys_at
     place = pixels + row * width * stride
     mask = seen & (row >= 0) & (row < height)
     key = tl.load(k + place, mask=mask, other=0.0)

@@ -22,6 +22,8 @@ WARPS = {
     "query_gradients_kernel": 8,
     "attention_gradients_kernel": 8,
     "table_gradients_kernel": 8,
+    "aggregated_attention_kernel": 8,
+    "aggregated_attention_gradients_kernel": 8,
 }
 
 
