@@ -1,12 +1,13 @@
 """The fused operators of the models on a GPU beside the same in plain PyTorch.
 
-    python benchmarks/kernels.py [OPERATOR ...]
+    python benchmarks/kernels.py [OPERATOR ...] [--cpu]
 
 Every round times a forward and a backward pass of each form in turn: our kernels, the definition,
 the definition compiled, and of attention also `scaled_dot_product_attention` and FlexAttention,
 compiled. Printed are ratios to our kernels' time, and the bandwidth that our kernels reach if each
 map is moved once. Without a GPU nothing is run: lines then say `"dry": true` and hold counted bytes
-and FLOPs and what they would take at the makers' figures. One JSON line per operator and pass.
+and FLOPs and what they would take at the makers' figures. With `--cpu`, the definition is timed on
+this CPU beside the definition compiled. One JSON line per operator and pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -300,8 +302,12 @@ def dry(name: str, case: Case, dtype: torch.dtype) -> None:
         print(json.dumps({**row, "flops": cost.flops, "least_ms": least}), flush=True)
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Milliseconds on the GPU."""
+def timed(device: str, run: Callable[[], Any]) -> float:
+    """Milliseconds on the device."""
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -310,36 +316,52 @@ def timed(run: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def race(name: str, case: Case, dtype: torch.dtype, rounds: int) -> None:
-    """Time every form in turn and print."""
-    inputs = make_inputs(case, dtype, "cuda")
+def passes(case: Case, dtype: torch.dtype, rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Time every form in turn: the median milliseconds of both passes, by form."""
+    inputs = make_inputs(case, dtype, device)
     forms: dict[str, tuple[str, Op]] = {
-        "triton": ("triton", case.op),
         "eager": ("eager", case.op),
         "compiled": ("eager", torch.compile(case.op, fullgraph=True)),
     }
-    forms |= {rival: ("eager", torch.compile(op)) for rival, op in case.rivals.items()}
+    if device == "cuda":
+        forms["triton"] = ("triton", case.op)
+        forms |= {rival: ("eager", torch.compile(op)) for rival, op in case.rivals.items()}
     spent: dict[str, dict[str, list[float]]] = {"forward": {}, "backward": {}}
     for index in range(rounds + 3):
         for form, (forced, op) in forms.items():
             with force(forced):
                 outs: list[Tensor] = []
-                forward = timed(lambda op=op, outs=outs: outs.append(op(*inputs)))
+                forward = timed(device, lambda op=op, outs=outs: outs.append(op(*inputs)))
                 grad = torch.ones_like(outs[0])
-                backward = timed(partial(torch.autograd.grad, outs[0], inputs, grad))
+                backward = timed(device, partial(torch.autograd.grad, outs[0], inputs, grad))
             if index >= 3:
                 spent["forward"].setdefault(form, []).append(forward)
                 spent["backward"].setdefault(form, []).append(backward)
+    return {
+        which: {form: median(times) for form, times in taken.items()}
+        for which, taken in spent.items()
+    }
+
+
+def race(name: str, case: Case, dtype: torch.dtype, rounds: int) -> None:
+    """Print how long the other forms take next to our kernels, and what these reach."""
     device = torch.cuda.get_device_name()
     known = next((gpu for gpu in GPUS if gpu in device), None)
+    spent = passes(case, dtype, rounds, "cuda")
     for which, cost in costs(case, dtype).items():
-        ms = {form: median(times) for form, times in spent[which].items()}
-        own = ms["triton"]
+        own = spent[which]["triton"]
         row = {"operator": name, "pass": which, "device": device, "ms": round(own, 4)}
-        ratios = {form: round(other / own, 2) for form, other in ms.items()}
+        ratios = {form: round(other / own, 2) for form, other in spent[which].items()}
         share = None if known is None else round(cost.least_ms(known) / own, 3)
         row |= {"ratio": ratios, "gb_per_s": round(cost.moved / own / 1e6, 1)}
         print(json.dumps({**row, "share_of_roofline": share}), flush=True)
+
+
+def race_on_cpu(name: str, case: Case, dtype: torch.dtype, rounds: int) -> None:
+    """Print how long the definition takes compiled, next to itself as it is."""
+    for which, ms in passes(case, dtype, rounds, "cpu").items():
+        row = {"operator": name, "pass": which, "device": "cpu", "dtype": str(dtype)}
+        print(json.dumps({**row, "ratio": round(ms["compiled"] / ms["eager"], 2)}), flush=True)
 
 
 def main() -> None:
@@ -349,6 +371,7 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(known)}")
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--rounds", type=int, default=30, help="timed passes of each form")
+    parser.add_argument("--cpu", action="store_true", help="time the definitions on this CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     if unknown := set(arguments.operators) - set(known):
@@ -357,7 +380,9 @@ def main() -> None:
     for name, case in cases(arguments.batch).items():
         if arguments.operators and name not in arguments.operators:
             continue
-        if torch.cuda.is_available():
+        if arguments.cpu:
+            race_on_cpu(name, case, dtype, arguments.rounds)
+        elif torch.cuda.is_available():
             race(name, case, dtype, arguments.rounds)
         else:
             dry(name, case, dtype)

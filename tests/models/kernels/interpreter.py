@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: against the definition in float64, and what they move."""
+"""Kernels against the definition in float64, and, in Triton's interpreter, what they move."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def outputs(op: Op, inputs: Sequence[Tensor], form: str) -> list[Tensor]:
     with force(form), poisoned():
         out = op(*leaves)
         probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
-        grads = torch.autograd.grad(out, leaves, probe.to(out.dtype))
-    return [tensor.detach().double() for tensor in (out, *grads)]
+        grads = torch.autograd.grad(out, leaves, probe.to(out))
+    return [tensor.detach().cpu().double() for tensor in (out, *grads)]
 
 
 def check(op: Op, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -50,12 +50,12 @@ def operator(grid, window):
             pool_v,
             query_embedding=embedding,
             temperature=temperature,
-            key_count=seen.sum(dim=1) + pool_k.shape[1],
+            key_count=seen.sum(dim=1).to(q.device) + pool_k.shape[1],
             local_bias=local,
             pool_bias=pooled,
             tokens=tokens,
             token_bias=token_bias,
-            outside=~seen,
+            outside=~seen.to(q.device),
         )
 
     return attend

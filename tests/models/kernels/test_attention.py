@@ -31,7 +31,7 @@ def cosine(qkv, query_embedding, temperature, bias):
         qkv,
         query_embedding=query_embedding,
         temperature=temperature,
-        key_count=torch.full((num_tokens,), num_tokens + 1),
+        key_count=torch.full((num_tokens,), num_tokens + 1, device=qkv.device),
         bias=bias,
     )
 

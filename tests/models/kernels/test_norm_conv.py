@@ -42,17 +42,15 @@ def conv(x, gain, shift, bias, *weights):
     return gelu_norm_conv(x, gain, shift, list(weights), bias, eps=1e-5, group=None)[0]
 
 
+def widened_conv(x, *parameters):
+    return conv(x, *(p.to(torch.promote_types(x.dtype, torch.float32)) for p in parameters))
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"), [(0, DTYPES[0]), (2, DTYPES[0]), *((1, dtype) for dtype in DTYPES)], ids=str
 )
 def test_value_and_gradients(case, dtype):
-    shape, widths = CASES[case]
-    x, *parameters = inputs(shape, widths)
-
-    def op(x, *parameters):
-        return conv(x, *(p.to(torch.promote_types(x.dtype, torch.float32)) for p in parameters))
-
-    check(op, [x, *parameters], dtype)
+    check(widened_conv, inputs(*CASES[case]), dtype)
 
 
 def test_statistics_are_the_definitions():
