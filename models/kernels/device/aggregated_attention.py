@@ -22,6 +22,7 @@ from .attention import (
     load_embedding,
     load_table,
     load_tokens,
+    narrow,
 )
 
 # Columns of a strip: what a tensor core multiplies at least.
@@ -205,17 +206,6 @@ def product(a, b):
 def mix(weights, x):
     """float32 weights times numbers as they are stored."""
     return product(narrow(weights, x.dtype), x)
-
-
-@triton.jit
-def narrow(x, dtype):
-    """Rounded to a map's dtype, and held to the range of float16 there.
-
-    What a length of nearly 0 has multiplied would be infinite, and times that vector not a number.
-    """
-    if dtype == tl.float16:
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-    return x.to(dtype)
 
 
 @triton.jit

@@ -17,11 +17,10 @@ from .aggregated_attention import (
     first_rows,
     load_learned,
     mix,
-    narrow,
     next_rows,
     product,
 )
-from .attention import inverse_length, load_embedding, load_tokens, unit_gradient
+from .attention import inverse_length, load_embedding, load_tokens, narrow, unit_gradient
 
 
 @triton.jit

@@ -131,6 +131,17 @@ def cosines(queries, keys, inverse, column, along):
 
 
 @triton.jit
+def narrow(x, dtype):
+    """Rounded to a map's dtype, and held to the range of float16 there.
+
+    What a length of nearly 0 has multiplied would be infinite, and times that vector not a number.
+    """
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def unit_gradient(grad, unit, inverse):
     """The gradient of tokens by that of the same at length one; a length at its floor is fixed."""
     along = tl.where(inverse < 1e12, tl.sum(unit * grad, axis=1), 0.0)

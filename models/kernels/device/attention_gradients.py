@@ -10,6 +10,7 @@ from .attention import (
     load_embedding,
     load_table,
     load_tokens,
+    narrow,
     query_factors,
     store_tokens,
     unit_gradient,
@@ -66,7 +67,7 @@ def query_gradients_kernel(
                 grad_logits = weights * (grad_weights - mean[:, None])
                 grad_factor += tl.sum(grad_logits * cosine, axis=1)
                 scaled = grad_logits * factor[:, None] * column[None, :]
-                total += tl.dot(scaled.to(keys.dtype), keys, input_precision="ieee")
+                total += tl.dot(narrow(scaled, keys.dtype), keys, input_precision="ieee")
     tl.store(delta + line * num_queries + rows, mean, mask=there)
     if COSINE:
         tl.store(grad_scale + line * num_queries + rows, grad_factor, mask=there)
@@ -127,10 +128,10 @@ def attention_gradients_kernel(
                 tl.store(grad_scale + line + rows, part, mask=rows < num_queries)
             grad_logits = grad_logits * factor[None, :]
             grad_along += tl.sum(grad_logits, axis=1)
-            scaled = (grad_logits * inverse[None, :]).to(queries.dtype)
+            scaled = narrow(grad_logits * inverse[None, :], queries.dtype)
             grad_keys += tl.dot(scaled, queries, input_precision="ieee")
             if WHOLE:
-                scaled = tl.trans((grad_logits * column[:, None]).to(keys.dtype))
+                scaled = tl.trans(narrow(grad_logits * column[:, None], keys.dtype))
                 total = tl.dot(scaled, keys, input_precision="ieee")
                 store_query_gradients(
                     grad_q + query_place, total, queries, inverse, rows, num_queries, q_stride,

@@ -93,6 +93,19 @@ def test_queries_of_no_length_have_the_gradients_of_the_definition():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [(2, 3), (5, 15)], ids=str)
+def test_a_vector_of_zeros_leaves_gradients_finite_in_half_precision(grid):
+    """Its length is the least there is, and one over that beyond float16's range."""
+    leaves = [x.half() for x in cosine_inputs(1, grid, 1, 16)]
+    leaves[0][0, 1, 1] = 0
+    leaves[0][0, 1, 2, 16:] = 0
+    leaves = [x.requires_grad_() for x in leaves]
+    with force("triton"):
+        grads = torch.autograd.grad(cosine(*leaves).sum(), leaves)
+    grads[0][0, 1, 1:3] = 0  # their own are as large as one over their length
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def traffic(maps, table, *parameters):
     """Bytes moved each way; the table, which stays in the cache, is counted as read once."""
     with counted_traffic() as forward:

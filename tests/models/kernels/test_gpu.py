@@ -66,7 +66,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("make", "case"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("make", "case"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_value_and_gradients(make, case, dtype):
     op, inputs = make(case)
     check(op, [x.cuda() for x in inputs], dtype)
