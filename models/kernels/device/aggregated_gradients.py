@@ -222,19 +222,25 @@ def _far_weights(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The weights of the first pooled keys; add all their products with their gradients up."""
-    pool_k, pool_v, _, _, num_pooled, stride, key, value = far
+    _, _, _, _, num_pooled, _, key, value = far
     given = asker[1]
     share = _share(asker, embedding, far, key, places)
     if WHOLE:
         total += tl.sum(share * product(given, tl.trans(value)), axis=1)
     else:
         for first in range(0, num_pooled, places.shape[0]):
-            index = first + places
-            other_key = load_tokens(pool_k, index, num_pooled, stride, HEAD, WIDE)
-            other_value = load_tokens(pool_v, index, num_pooled, stride, HEAD, WIDE)
-            part = _share(asker, embedding, far, other_key, index)
-            total += tl.sum(part * product(given, tl.trans(other_value)), axis=1)
+            other = _others(asker, embedding, far, first + places, HEAD, WIDE)
+            total += tl.sum(other[2] * product(given, tl.trans(other[1])), axis=1)
     return share, total
+
+
+@triton.jit
+def _others(asker, embedding, far, index, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    """Other pooled keys and values than the first, and the softmax's weights of these."""
+    pool_k, pool_v, _, _, num_pooled, stride, _, _ = far
+    key = load_tokens(pool_k, index, num_pooled, stride, HEAD, WIDE)
+    value = load_tokens(pool_v, index, num_pooled, stride, HEAD, WIDE)
+    return key, value, _share(asker, embedding, far, key, index)
 
 
 @triton.jit
@@ -274,7 +280,7 @@ def _far_gradients(
 ):  # fmt: skip
     """What pooled keys' logits add to the gradients of queries, and, if `WHOLE`, of them."""
     query, given, _, sharpness, _, _ = asker
-    pool_k, pool_v, _, _, num_pooled, stride, key, value = far
+    _, _, _, _, num_pooled, _, key, value = far
     grad_keys, grad_values = far_sums
     if WHOLE:
         share = tl.where(own[:, None], share, 0.0)
@@ -285,10 +291,9 @@ def _far_gradients(
         grad_values += product(tl.trans(given), narrow(share, query.dtype))
     else:
         for first in range(0, num_pooled, places.shape[0]):
-            index = first + places
-            other_key = load_tokens(pool_k, index, num_pooled, stride, HEAD, WIDE)
-            other_value = load_tokens(pool_v, index, num_pooled, stride, HEAD, WIDE)
-            part = _share(asker, embedding, far, other_key, index)
+            other_key, other_value, part = _others(
+                asker, embedding, far, first + places, HEAD, WIDE
+            )
             part *= product(given, tl.trans(other_value)) - total[:, None]
             grad_query += _mix_finely(part * inverse_length(other_key)[None, :], other_key)
     return grad_query, (grad_keys, grad_values)
