@@ -29,9 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.geometry import Geometry, StagePlan, stage_geometry
 from models.kernels import (
     aggregated_attention,
     conv_glu,
@@ -62,78 +67,58 @@ class Case(NamedTuple):
     rivals: dict[str, Op]
 
 
-def aggregated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool_k: Tensor,
-    pool_v: Tensor,
-    embedding: Tensor,
-    temperature: Tensor,
-    tokens: Tensor,
-    token_bias: Tensor,
-    local_bias: Tensor,
-    pool_bias: Tensor,
-) -> Tensor:
-    """`aggregated_attention` in windows of three."""
-    rows, columns = q.shape[1:3]
-    inside = F.unfold(torch.ones(1, 1, rows, columns, device=q.device), 3, padding=1)[0].T > 0
+def aggregated(geometry: Geometry, *given: Tensor) -> Tensor:
+    """`aggregated_attention` on a grid; inputs in the order of `cases`."""
+    *maps, embedding, temperature, tokens, token_bias, local_bias, pool_bias = given
     return aggregated_attention(
-        q,
-        k,
-        v,
-        pool_k,
-        pool_v,
+        *maps,
         query_embedding=embedding,
         temperature=temperature,
-        key_count=inside.sum(dim=1) + pool_k.shape[1],
+        key_count=geometry.key_count.to(embedding.device),
         local_bias=local_bias,
         pool_bias=pool_bias,
         tokens=tokens,
         token_bias=token_bias,
-        outside=~inside,
+        outside=geometry.outside.to(embedding.device),
     )
 
 
-def aggregated_flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool_k: Tensor,
-    pool_v: Tensor,
-    embedding: Tensor,
-    temperature: Tensor,
-    tokens: Tensor,
-    token_bias: Tensor,
-    local_bias: Tensor,
-    pool_bias: Tensor,
-) -> Tensor:
+def aggregated_flex(geometry: Geometry, mask: BlockMask, *given: Tensor) -> Tensor:
     """Its softmax alone by FlexAttention, up to rounding: there is no place for the tokens."""
-    rows, columns = q.shape[1:3]
-    heads, count = len(embedding), rows * columns
+    q, k, v, pool_k, pool_v, embedding, temperature, _, _, local_bias, pool_bias = given
+    heads, count, columns = len(embedding), q.shape[1] * q.shape[2], q.shape[2]
 
     def split(x: Tensor) -> Tensor:
         return x.view(len(x), -1, heads, x.shape[-1] // heads).transpose(1, 2)
 
-    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        down, right = key // columns - query // columns, key % columns - query % columns
-        return (key >= count) | ((down.abs() <= 1) & (right.abs() <= 1))
-
     def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        down, right = key // columns - query // columns, key % columns - query % columns
+        down, right = steps(columns, query, key)
         slot = (down * 3 + right + 4).clamp(0, 8)
         far = pool_bias[head, query, (key - count).clamp_min(0)]
         return score + torch.where(key < count, local_bias[head, 0, slot], far)
 
-    inside = F.unfold(torch.ones(1, 1, rows, columns, device=q.device), 3, padding=1)[0].T > 0
-    visible = (inside.sum(dim=1) + pool_k.shape[1]).float()
-    scale = F.softplus(temperature) * visible.log()[:, None]
+    scale = F.softplus(temperature) * geometry.key_count.float().log()[:, None]
     queries = ((F.normalize(split(q).float(), dim=-1) + embedding) * scale).to(v.dtype)
     keys = F.normalize(torch.cat([split(k), split(pool_k)], dim=2).float(), dim=-1).to(v.dtype)
     values = torch.cat([split(v), split(pool_v)], dim=2)
-    mask = create_block_mask(near, None, None, count, keys.shape[2], device=q.device)
     mixed: Any = flex_attention(queries, keys, values, score_mod=biased, block_mask=mask, scale=1.0)
     return mixed.transpose(1, 2).reshape(q.shape)
+
+
+def window_mask(grid: tuple[int, int], pooled: int, device: str) -> BlockMask:
+    """For FlexAttention: a query's window of three, and all pooled keys, which come after it."""
+    count, columns = grid[0] * grid[1], grid[1]
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        down, right = steps(columns, query, key)
+        return (key >= count) | ((down.abs() <= 1) & (right.abs() <= 1))
+
+    return create_block_mask(near, None, None, count, count + pooled, device=device)
+
+
+def steps(columns: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns from queries to keys, which are numbered row by row."""
+    return key // columns - query // columns, key % columns - query % columns
 
 
 def cosine(qkv: Tensor, embedding: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
@@ -208,12 +193,17 @@ def norm_conv(x: Tensor, gain: Tensor, shift: Tensor, bias: Tensor, *weights: Te
     return gelu_norm_conv(x, gain, shift, list(weights), bias, eps=1e-5, group=None)[0]
 
 
-def cases(batch: int) -> dict[str, Case]:
+def cases(batch: int, device: str) -> dict[str, Case]:
     """The operators in the first stage (attention: where it is used) of the Base variants."""
-    b = batch
+    b, grid, pool = batch, (56, 56), (7, 7)
+    plan = StagePlan(grid, pool, grid, pool, grid, windowed=True)
+    geometry = stage_geometry(plan, device=torch.device(device))
+    flex = {}
+    if device == "cuda":
+        flex["flex"] = partial(aggregated_flex, geometry, window_mask(grid, 49, device))
     return {
         "aggregated_attention": Case(
-            aggregated,
+            partial(aggregated, geometry),
             [
                 *[(b, 56, 56, 96)] * 3,
                 *[(b, 49, 96)] * 2,
@@ -221,7 +211,7 @@ def cases(batch: int) -> dict[str, Case]:
             ],
             5,
             True,
-            {"flex": aggregated_flex},
+            flex,
         ),
         "conv_glu": Case(
             conv_glu,
@@ -366,7 +356,7 @@ def race_on_cpu(name: str, case: Case, dtype: torch.dtype, rounds: int) -> None:
 
 def main() -> None:
     """Time, or count."""
-    known = cases(1)
+    known = cases(1, "cpu")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(known)}")
     parser.add_argument("--batch", type=int, default=64, help="images")
@@ -377,12 +367,13 @@ def main() -> None:
     if unknown := set(arguments.operators) - set(known):
         parser.error(f"unknown operator {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     dtype = getattr(torch, arguments.dtype)
-    for name, case in cases(arguments.batch).items():
+    device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
+    for name, case in cases(arguments.batch, device).items():
         if arguments.operators and name not in arguments.operators:
             continue
         if arguments.cpu:
             race_on_cpu(name, case, dtype, arguments.rounds)
-        elif torch.cuda.is_available():
+        elif device == "cuda":
             race(name, case, dtype, arguments.rounds)
         else:
             dry(name, case, dtype)
