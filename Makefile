@@ -41,7 +41,7 @@ $(STAMP):
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(MAKE) --no-print-directory system
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[deepspeed,export,remote,dev]'
+	.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[deepspeed,export,finetune,remote,dev]'
 	@rm -f .venv/setup-*
 	@touch $@
 

@@ -26,6 +26,9 @@ OWNERS = {
     "webdataset": ("data/webdataset.py", "data/pack.py"),
     "tensorboard": ("trainer/metrics.py",),
     "accelerate": ("trainer/finetune/",),
+    "transformers": ("trainer/finetune/heads/",),
+    "torchvision": ("data/fetch.py", "trainer/finetune/"),
+    "faster_coco_eval": ("trainer/finetune/coco_metrics.py",),
     "triton": ("models/kernels/",),
 }
 
