@@ -150,6 +150,20 @@ def _fit(model: Backbone, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
 def _advice(weights: Mapping[str, Tensor]) -> str:
     """Which of MODELS the weights fit, as the call that builds it."""
+    found = identify(weights)
+    if found is None:
+        return "Build the model that wrote it, with the same number of classes"
+    name, options = found
+    called = ", ".join([repr(name), *(f"{key}={value}" for key, value in options.items())])
+    return f"It is a file of {name}: build({called}) takes it"
+
+
+def identify(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """The one of MODELS that the weights by official name fit, and the options to build it with.
+
+    The options are num_classes, 0 for weights without a head, and pretrain_size where the
+    position tables tell it.
+    """
     head = _first(weights, "head.bias", "classifier.2.bias")
     stem = _first(weights, "patch_embed1.proj.weight", "patch_embed.proj.conv.weight")
     options: dict[str, Any] = {"num_classes": 0 if head is None else head.numel()}
@@ -164,9 +178,8 @@ def _advice(weights: Mapping[str, Tensor]) -> str:
         except ModelError:  # an option that the family does not have: not its file
             continue
         if not problems:
-            called = ", ".join([repr(name), *(f"{key}={value}" for key, value in options.items())])
-            return f"It is a file of {name}: build({called}) takes it"
-    return "Build the model that wrote it, with the same number of classes"
+            return name, options
+    return None
 
 
 def _first(weights: Mapping[str, Tensor], *names: str) -> Tensor | None:

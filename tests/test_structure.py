@@ -90,7 +90,9 @@ EXCEPTIONS = {
     ("trainer.export", "models.convert"),  # writes the authors' files
     ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
     ("trainer.teacher", "models.convert"),  # reads the weights of any model
-    ("trainer.teacher", "models.fold"),  # and an export without batch norms
+    ("trainer.finetune.trunk", "models.transxnet"),  # whose maps detectors normalise
+    ("trainer.pretrained", "models.convert"),  # and those of a source
+    ("trainer.pretrained", "models.fold"),  # and an export without batch norms
 }
 
 

@@ -5,9 +5,6 @@ Its weights come from safetensors files on disk: nothing is downloaded, unpickle
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +12,10 @@ from torch import Tensor
 
 from models.base import Backbone
 from models.convert import load_weights
-from models.fold import fold_batch_norm
 from models.registry import build
 
 from .config import RunConfig, UserError
-from .sections import ModelConfig
-from .typed_json import typed
+from .pretrained import pretrained
 
 Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Channel means and standard deviations."""
@@ -63,7 +58,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> Teacher:
     name = str(config.distill.teacher)
     given = (config.data.mean, config.data.std)
     weights = config.distill.weights
-    model, colours = _exported(Path(name)) if weights is None else _by_name(name, weights, config)
+    model, colours = _trained(name) if weights is None else _by_name(name, weights, config)
     if model.num_classes != config.model.num_classes:
         raise UserError(
             f"distill.teacher {name} knows {model.num_classes} classes and model.num_classes is "
@@ -91,27 +86,22 @@ def _by_name(name: str, weights: str, config: RunConfig) -> tuple[Backbone, Colo
     return model, _colours(cfg) if cfg else None
 
 
-def _exported(folder: Path) -> tuple[Backbone, Colours]:
-    """Build the model of a bundle that `foveate export --format timm` wrote; none of its code runs.
+def _trained(name: str) -> tuple[Backbone, Colours]:
+    """Return the network of a run, a bundle or a file of weights.
 
     Raises:
-        UserError: if it is no such bundle.
+        UserError: if it is none of these, or a model's name alone.
     """
     try:
-        description = json.loads((folder / "config.json").read_text())
-        own = description["foveate"]
-        config = typed(ModelConfig, own["model"])
-        model = build(**asdict(replace(config, drop_path=0.0)))
-        model = fold_batch_norm(model) if own["folded"] else model
-        colours = _colours(description["pretrained_cfg"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = pretrained(name)
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from None
+    if not found.trained:
         raise UserError(
-            f"distill.teacher {folder} is not a bundle of this version of Foveate ({error!r}): "
-            "export it by foveate export RUN --format timm, or give a model's name and its "
-            "--distill.weights FILE.safetensors"
-        ) from None
-    load_weights(model, folder / "model.safetensors")
-    return model, colours
+            f"distill.teacher {name} has learnt nothing: give a run, a bundle that foveate export "
+            "wrote, or its --distill.weights FILE.safetensors"
+        )
+    return found.model, (found.mean, found.std)
 
 
 def _colours(cfg: dict[str, Any]) -> Colours:

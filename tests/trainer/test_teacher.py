@@ -119,7 +119,7 @@ def test_an_exported_teacher_answers_as_it_was_trained_at_any_size(name, folded,
 def test_what_is_no_teacher_is_refused_by_name(tmp_path):
     (tmp_path / "net.pt").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     cases = {
-        ("--distill.teacher", tmp_path / "none"): "export it by foveate export RUN --format timm",
+        ("--distill.teacher", tmp_path / "none"): "distill.teacher: ",
         (
             *("--distill.teacher", "timm:test_vit"),
             *("--distill.weights", tmp_path / "net.pt"),
