@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     GRAYSCALE = 20
     GAUSSIAN_BLUR = 21
     SOLARIZE = 22
+    DENSE_VIEW = 30
+    STEP = 31
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

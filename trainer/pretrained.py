@@ -50,6 +50,11 @@ class Pretrained:
     folded: bool = False
     trained: bool = True
 
+    @property
+    def published_drop_path(self) -> float:
+        """The stochastic depth rate of the model's classification recipe; timm's have none."""
+        return MODELS[self.config.name].drop_path if self.config.name in MODELS else 0.0
+
     def backbone(
         self,
         *,
