@@ -158,6 +158,37 @@ def from_run(source: Path, *, weights: str | None = None) -> Pretrained:
     )
 
 
+def begin_from(source: str, model: Backbone) -> None:
+    """Fill `model` in place with the weights at `source`; its head, too, if classes are as many.
+
+    Raises:
+        UserError: as `pretrained` does, and if the weights are of another model.
+        ModelError: as `pretrained` does.
+    """
+    found = pretrained(source)
+    if not found.trained or found.folded:
+        what = "has folded batch norms" if found.folded else "has learnt nothing"
+        raise UserError(f"train.init_from {source} {what}: give trained weights, not folded")
+    state = found.model.state_dict()
+    expected = dict(model.state_dict())
+    if found.model.num_classes != model.num_classes:
+        head = f"{model.blocks()[-1].name}."
+        fresh = {k: v for k, v in expected.items() if k.startswith(head)}
+        same = {k for k, v in fresh.items() if k in state and state[k].shape == v.shape}
+        state |= {k: v for k, v in fresh.items() if k not in same}
+    differing = sorted(
+        {name for name, value in state.items() if name not in expected}
+        | {k for k, v in expected.items() if k not in state or state[k].shape != v.shape}
+    )
+    if differing:
+        raise UserError(
+            f"train.init_from {source} is of another model than this {type(model).__name__}: "
+            f"{differing[0]} and {len(differing) - 1} more weights differ; take the settings of "
+            "its section model"
+        )
+    model.load_state_dict(state)
+
+
 def run_config(checkpoint: Path) -> RunConfig:
     """Return the configuration of the run that a checkpoint folder belongs to.
 

@@ -18,7 +18,7 @@ from .coco_data import CocoSplit, Target
 from .coco_metrics import average_precision, detections
 from .detection_views import DetectionViews
 from .draw_boxes import side_by_side
-from .heads.pyramid_detectors import OneStage, TwoStage
+from .heads.pyramid_detectors import SIZES, OneStage, TwoStage
 from .loop import to_device
 from .settings import DenseSettings, ModelSettings, OptimSettings, TrainSettings
 from .trunk import make_trunk
@@ -107,6 +107,7 @@ class Detection:
             std=source.std,
             side=max(data.scales),
             longest=data.longest,
+            size=SIZES[settings.model.head_size],
         )
         self.has_masks = head.has_masks
         self.samples = DetectionViews(

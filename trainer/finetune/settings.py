@@ -23,6 +23,8 @@ class ModelSettings:
     """TransNeXt's position biases at other sizes than img_size."""
     drop_path: float = 0.0
     """Stochastic depth rate of the backbone's last block."""
+    head_size: Literal["published", "small"] = "published"
+    """Widths, layers and samples of the head: small is for small sets and machines."""
     checkpointing: str = "none"
     """Activation checkpointing of the backbone: none, full, selective, or stages such as 1,2."""
 

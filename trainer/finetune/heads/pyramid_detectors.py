@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
@@ -18,19 +21,39 @@ from torchvision.ops.feature_pyramid_network import (
 from trainer.finetune.trunk import Trunk
 
 Colour = tuple[float, float, float]
-WIDTH = 256  # of the pyramid's maps, as published for both detectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a head is, by default as published.
+
+    `width` are the pyramid's channels; of Mask R-CNN, `hidden` those of the fully connected layers,
+    `proposals` what goes on to the second stage, `sampled` what that learns from, `convolutions`
+    the layers of the masks' network.
+    """
+
+    width: int = 256
+    hidden: int = 1024
+    proposals: int = 1000
+    sampled: int = 512
+    convolutions: int = 4
+
+
+SIZES = {
+    "published": Size(),
+    "small": Size(width=64, hidden=128, proposals=200, sampled=64, convolutions=2),
+}
 
 
 class Pyramid(nn.Module):
     """A trunk with a feature pyramid (FPN, https://arxiv.org/abs/1612.03144) over some stages."""
 
-    out_channels = WIDTH
-
-    def __init__(self, trunk: Trunk, *, first_stage: int, extra: ExtraFPNBlock) -> None:
+    def __init__(self, trunk: Trunk, width: int, *, first_stage: int, extra: ExtraFPNBlock) -> None:
         super().__init__()
         self.trunk = trunk
         self.first = first_stage - 1
-        self.fpn = FeaturePyramidNetwork(trunk.channels[self.first :], WIDTH, extra_blocks=extra)
+        self.out_channels = width
+        self.fpn = FeaturePyramidNetwork(trunk.channels[self.first :], width, extra_blocks=extra)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the pyramid of images [B, 3, H, W], the finest map first."""
@@ -51,12 +74,20 @@ class TwoStage(nn.Module):
     has_masks = True
 
     def __init__(
-        self, trunk: Trunk, *, num_classes: int, mean: Colour, std: Colour, side: int, longest: int
-    ) -> None:
+        self, trunk: Trunk, *, num_classes: int, mean: Colour, std: Colour, side: int, longest: int,
+        size: Size,
+    ) -> None:  # fmt: skip
         super().__init__()
+        background_too = num_classes + 1  # it is class 0 in there
         self.net = MaskRCNN(
-            Pyramid(trunk, first_stage=1, extra=LastLevelMaxPool()),
-            num_classes + 1,  # with the background, which is class 0 in there
+            Pyramid(trunk, size.width, first_stage=1, extra=LastLevelMaxPool()),
+            rpn_post_nms_top_n_train=size.proposals,
+            rpn_post_nms_top_n_test=size.proposals,
+            box_batch_size_per_image=size.sampled,
+            box_head=TwoMLPHead(size.width * 7**2, size.hidden),
+            box_predictor=FastRCNNPredictor(size.hidden, background_too),
+            mask_head=MaskRCNNHeads(size.width, (size.width,) * size.convolutions, 1),
+            mask_predictor=MaskRCNNPredictor(size.width, size.width, background_too),
             min_size=side,
             max_size=longest,
             image_mean=list(mean),
@@ -79,12 +110,14 @@ class OneStage(nn.Module):
     has_masks = False
 
     def __init__(
-        self, trunk: Trunk, *, num_classes: int, mean: Colour, std: Colour, side: int, longest: int
-    ) -> None:
+        self, trunk: Trunk, *, num_classes: int, mean: Colour, std: Colour, side: int, longest: int,
+        size: Size,
+    ) -> None:  # fmt: skip
         super().__init__()
         sides = tuple(_octave(32 * 2**level) for level in range(5))
+        extra = LastLevelP6P7(size.width, size.width)
         self.net = RetinaNet(
-            Pyramid(trunk, first_stage=2, extra=LastLevelP6P7(WIDTH, WIDTH)),
+            Pyramid(trunk, size.width, first_stage=2, extra=extra),
             num_classes,
             min_size=side,
             max_size=longest,
