@@ -28,6 +28,7 @@ from trainer.signals import Stop
 
 from . import detect
 from .loop import FineTuning
+from .probe import ProbeSettings, probe
 from .settings import keep_settings
 
 
@@ -50,11 +51,14 @@ def main() -> int:
 
 
 def run(task: str, arguments: list[str], folder: Path, process: Process) -> Failure | None:
-    """Fine-tune; return why it ended before the last step, or None if it did not."""
+    """Fine-tune or probe; return why it ended before its end, or None if it did not."""
     tuning = None
     try:
         check_not_stopped(folder)
-        tuning = prepare(task, arguments, process)
+        if task == "probe":
+            _probe(arguments, process)
+            return None
+        tuning = prepare(arguments, process)
         if tuning.run():
             return None
         code, go_on = REQUEUE, "start the same command again to go on"
@@ -74,7 +78,13 @@ def run(task: str, arguments: list[str], folder: Path, process: Process) -> Fail
     )
 
 
-def prepare(task: str, arguments: list[str], process: Process) -> FineTuning:
+def _probe(arguments: list[str], process: Process) -> None:
+    named, rest = _parse(arguments, argparse.ArgumentParser(add_help=False, exit_on_error=False))
+    settings = override(ProbeSettings(backbone=named.backbone, out=named.out), rest)
+    probe(settings, pretrained(settings.backbone), process)
+
+
+def prepare(arguments: list[str], process: Process) -> FineTuning:
     """Return the fine-tuning that a command line asks for.
 
     Raises:
@@ -82,12 +92,7 @@ def prepare(task: str, arguments: list[str], process: Process) -> FineTuning:
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--head", choices=list(detect.HEADS), required=True)
-    parser.add_argument("--backbone", required=True)
-    parser.add_argument("--out", required=True)
-    try:
-        named, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
+    named, rest = _parse(arguments, parser)
     source = pretrained(named.backbone)
     settings = override(detect.recipe(named.head, source, out=named.out), rest)
     settings.share(process.world_size)
@@ -95,6 +100,18 @@ def prepare(task: str, arguments: list[str], process: Process) -> FineTuning:
     if process.rank == 0:
         keep_settings(settings)
     return FineTuning(work, settings, process)
+
+
+def _parse(
+    arguments: list[str], parser: argparse.ArgumentParser
+) -> tuple[argparse.Namespace, list[str]]:
+    """Take what decides the other settings' defaults; return it and the other arguments."""
+    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--out", required=True)
+    try:
+        return parser.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise UserError(f"{error} (foveate finetune --help says more)") from None
 
 
 if __name__ == "__main__":
