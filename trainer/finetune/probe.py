@@ -111,8 +111,13 @@ def probe(settings: ProbeSettings, source: Pretrained, process: Process) -> None
     for name, split in zip(("train", "val"), sides, strict=True):
         _compute(settings, source, split, name, device)
     dist.barrier()
-    if process.rank > 0:
-        return
+    if process.rank == 0:
+        _score(settings, sides, device)
+    dist.barrier()  # nobody leaves before the last: srun ends a job that some have left
+
+
+def _score(settings: ProbeSettings, sides: list[Source], device: torch.device) -> None:
+    folder = Path(settings.out)
     (x, y), (x_val, y_val) = (
         _load(folder, name, len(split)) for name, split in zip(("train", "val"), sides, strict=True)
     )

@@ -52,6 +52,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.first = first_stage - 1
+        trunk.norms[: self.first].requires_grad_(False)  # of maps that nobody looks at
         self.out_channels = width
         self.fpn = FeaturePyramidNetwork(trunk.channels[self.first :], width, extra_blocks=extra)
 
