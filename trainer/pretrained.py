@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.base import Backbone, ModelError
@@ -120,7 +121,9 @@ def pretrained(source: str | Path, *, weights: str | None = None) -> Pretrained:
             f"{name} does not exist: give a run folder, a checkpoint, a bundle that foveate export "
             f"wrote, a file of weights, or a model's name (known: {', '.join(MODELS)})"
         )
-    model = build(name, drop_path=0.0).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same on each process and at each start
+        model = build(name, drop_path=0.0).eval()
     return Pretrained(source=name, config=ModelConfig(name=name), model=model, trained=False)
 
 

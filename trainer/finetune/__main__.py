@@ -6,13 +6,16 @@ Exit codes are those of `python -m trainer`; why it ended is left in OUT/logs/fa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Never
 
 from launcher.process import (
     REQUEUE,
     STOPPED,
+    USER_ERROR,
     Failure,
     Process,
     check_not_stopped,
@@ -35,10 +38,15 @@ from .settings import keep_settings
 def main() -> int:
     """Run one worker and return its exit code."""
     task, *rest = sys.argv[1:]
-    parser = argparse.ArgumentParser(prog=f"foveate finetune {task}", add_help=False)
-    parser.add_argument("--out", type=Path, required=True)
-    folder = parser.parse_known_args(rest)[0].out
-    process = Process.from_environment(os.environ)
+    if {"-h", "--help"} & set(rest):
+        _print_settings(task)
+        return 0
+    try:
+        process = Process.from_environment(os.environ)
+        folder = Path(_parse(rest, _Parser())[0].out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     console = open_log(folder, process.rank)
     if process.rank == 0:
         failure_file(folder).unlink(missing_ok=True)
@@ -48,6 +56,15 @@ def main() -> int:
     failure.leave(folder)
     print(failure.said, file=console, flush=True)
     return failure.code
+
+
+def _print_settings(task: str) -> None:
+    """Print every setting of a task; defaults that depend on the head are those of most."""
+    import tyro
+
+    kind = {"probe": ProbeSettings, "detect": detect.DetectSettings}[task]
+    with contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=f"foveate finetune {task} [--nproc N]")
 
 
 def run(task: str, arguments: list[str], folder: Path, process: Process) -> Failure | None:
@@ -79,7 +96,7 @@ def run(task: str, arguments: list[str], folder: Path, process: Process) -> Fail
 
 
 def _probe(arguments: list[str], process: Process) -> None:
-    named, rest = _parse(arguments, argparse.ArgumentParser(add_help=False, exit_on_error=False))
+    named, rest = _parse(arguments, _Parser())
     settings = override(ProbeSettings(backbone=named.backbone, out=named.out), rest)
     probe(settings, pretrained(settings.backbone), process)
 
@@ -90,7 +107,7 @@ def prepare(arguments: list[str], process: Process) -> FineTuning:
     Raises:
         UserError, DataError, ModelError: if it asks for what there is not.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = _Parser()
     parser.add_argument("--head", choices=list(detect.HEADS), required=True)
     named, rest = _parse(arguments, parser)
     source = pretrained(named.backbone)
@@ -108,10 +125,17 @@ def _parse(
     """Take what decides the other settings' defaults; return it and the other arguments."""
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--out", required=True)
-    try:
-        return parser.parse_known_args(arguments)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise UserError(f"{error} (foveate finetune --help says more)") from None
+    return parser.parse_known_args(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> Never:
+        raise UserError(f"{message} (foveate finetune --help says more)")
 
 
 if __name__ == "__main__":

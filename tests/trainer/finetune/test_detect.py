@@ -61,7 +61,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(drawn, tmp_path):
     for folder in (whole, cut):
         done = finetune(*small(drawn, folder, "--nproc", 2, head="mask_rcnn"))
         assert done.returncode == 0, done.stderr
-    for left in ("metrics.jsonl", "model.safetensors", "checkpoints/step_00000006"):
+    for left in ("metrics.jsonl", "model.safetensors", "checkpoints/step_0000000006"):
         path = cut / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = finetune(*small(drawn, cut, "--nproc", 2, head="mask_rcnn"))
