@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     GRAYSCALE = 20
     GAUSSIAN_BLUR = 21
     SOLARIZE = 22
+    PASTE = 23
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
