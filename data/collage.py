@@ -7,6 +7,7 @@ a function of its split, its number and what it is made of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ _DRAWS = 8  # random numbers of a try
 class Scraps:
     """What the pictures of a split are made of.
 
-    `photographs` are RGB; `cutouts` are the RGBA images of each category, and not empty.
+    `photographs` are RGB and no smaller than pictures; `cutouts` are the RGBA images of each
+    category, with nothing but soft edges around them.
     """
 
     photographs: Sequence[Image.Image]
@@ -98,25 +100,26 @@ def _tile(photograph: Image.Image, draws: Iterator[float]) -> Image.Image:
     """Return a random part of a photograph, of the picture's size, turned about or not."""
     largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
     scale = 1 + (largest - 1) * next(draws)  # photographs are larger than pictures
-    width, height = WIDTH * scale, HEIGHT * scale
-    left, top = (photograph.width - width) * next(draws), (photograph.height - height) * next(draws)
-    tile = photograph.resize(
-        (WIDTH, HEIGHT), Image.Resampling.BICUBIC, (left, top, left + width, top + height)
-    )
-    return _turned(tile, next(draws))
+    width, height = round(WIDTH * scale), round(HEIGHT * scale)
+    left = int((photograph.width - width + 1) * next(draws))
+    top = int((photograph.height - height + 1) * next(draws))
+    tile = photograph.crop((left, top, left + width, top + height))
+    return _turned(tile.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), next(draws))
 
 
 def _resized(cutout: Image.Image, draws: Iterator[float]) -> Image.Image:
     """Return a cut-out at a random size, turned about or not. Small ones are more frequent."""
-    side = _SIDES[0] + _SIDES[1] * next(draws) ** 2
+    draw = next(draws)
+    side = _SIDES[0] + _SIDES[1] * draw * draw
     factor = min(
-        side / (cutout.width * cutout.height) ** 0.5,
+        side / math.sqrt(cutout.width * cutout.height),
         _MAX_ENLARGED,
         _MAX_SHARE * WIDTH / cutout.width,
         _MAX_SHARE * HEIGHT / cutout.height,
     )
-    size = (max(1, round(cutout.width * factor)), max(1, round(cutout.height * factor)))
-    return _turned(cutout.resize(size, Image.Resampling.BICUBIC), next(draws))
+    width, height = round(cutout.width * factor), round(cutout.height * factor)
+    resized = cutout.resize((max(1, width), max(1, height)), Image.Resampling.BICUBIC)
+    return _turned(resized, next(draws))
 
 
 def _turned(image: Image.Image, draw: float) -> Image.Image:

@@ -32,7 +32,9 @@ def download(package: str, folder: Path, *, progress: Callable[[str], None] = pr
         reason = _apt_get(["download", package], Path(scratch))
         if reason:
             progress(f"that failed ({reason}); reading newer lists of packages")
-            lists = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder}"]
+            own = folder.absolute()  # apt-get runs elsewhere
+            (own / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+            lists = ["-o", f"Dir::State::Lists={own}/lists", "-o", f"Dir::Cache={own}"]
             every = ["-o", "APT::Update::Error-Mode=any"]
             # It may fail at another repository than Debian's: the download has the last word.
             not_updated = _apt_get([*lists, *every, "update"], Path(scratch))

@@ -99,9 +99,9 @@ CLASSES = ("background", *_CATEGORIES)
 _PHOTOGRAPHS = {
     "lomiri-wallpapers-16.04": (
         "usr/share/backgrounds",
-        "Dragonfly_by_Bolly Picture_1A_by_freespace Wine_by_Jakkub_Mede "
-        "aitzgorri_by_Aitzol_Berasategi greentock_by_Peter_Nerlich sunset_by_Aitzol_Berasategi "
-        "Bridge_by_Sander_Klootwijk life_by_Aitzol_Berasategi picosdeeuropa_by_Aitzol_Berasategi",
+        "Picture_1A_by_freespace Wine_by_Jakkub_Mede aitzgorri_by_Aitzol_Berasategi "
+        "greentock_by_Peter_Nerlich sunset_by_Aitzol_Berasategi Bridge_by_Sander_Klootwijk "
+        "life_by_Aitzol_Berasategi picosdeeuropa_by_Aitzol_Berasategi",
     ),
     "tuxpaint-data": (
         "usr/share/tuxpaint/templates",
@@ -127,22 +127,30 @@ def fetch_stamps(out: Path, *, progress: Callable[[str], None] = print) -> None:
     if out.resolve() == Path.cwd():
         raise DataError(f"{out} is the current folder, which cannot be replaced; name another")
     with room_for(out), _alone_beside(out, progress) as beside:
-        if _is_complete(out):
-            return
-        packages = {name: download(name, beside, progress=progress) for name in _names()}
-        finished = beside / "finished"
-        shutil.rmtree(finished, ignore_errors=True)
-        _make(packages, finished, progress)
-        finished.rename(out)
-        shutil.rmtree(beside)
+        if not _is_complete(out):  # made by another process meanwhile
+            packages = {name: download(name, beside, progress=progress) for name in source_files()}
+            finished = beside / "finished"
+            shutil.rmtree(finished, ignore_errors=True)
+            _make(packages, finished, progress)
+            finished.rename(out)
+        shutil.rmtree(beside, ignore_errors=True)
     progress(f"{out} holds {COUNTS['train']} + {COUNTS['val']} pictures")
+
+
+def source_files() -> dict[str, list[str]]:
+    """Return the files that the set is made of, by the package that they are in."""
+    photographs = {
+        package: [f"{folder}/{stem}.jpg" for stem in stems.split()]
+        for package, (folder, stems) in _PHOTOGRAPHS.items()
+    }
+    return {_STAMPS: [name for names in _cutout_names() for name in names], **photographs}
 
 
 def _make(packages: dict[str, Path], folder: Path, progress: Callable[[str], None]) -> None:
     """Write the whole set into `folder`."""
     progress("reading the packages")
     contents: dict[str, bytes] = {}
-    for package, names in _names().items():
+    for package, names in source_files().items():
         contents |= read_files(packages[package], [*names, _notes(package)])
     scraps = _scraps(contents)
     with counting(sum(COUNTS.values()), "picture", progress) as done:
@@ -197,15 +205,6 @@ def _annotate(instance: Instance, *, image: int, id: int) -> dict[str, Any]:
     }
 
 
-def _names() -> dict[str, list[str]]:
-    """Return the files of each package that the set is made of."""
-    photographs = {
-        package: [f"{folder}/{stem}.jpg" for stem in stems.split()]
-        for package, (folder, stems) in _PHOTOGRAPHS.items()
-    }
-    return {_STAMPS: [name for names in _cutout_names() for name in names], **photographs}
-
-
 def _cutout_names() -> list[list[str]]:
     """Return each category's files in the package of stamps."""
     return [
@@ -222,7 +221,7 @@ def _notes(package: str) -> str:
 def _scraps(contents: dict[str, bytes]) -> dict[str, Scraps]:
     """Return what each split is made of."""
     cutouts = [_split([_cutout(contents[name]) for name in names]) for names in _cutout_names()]
-    names = _names()
+    names = source_files()
     photographs = [
         _split([_photograph(contents[name]) for name in names[package]]) for package in _PHOTOGRAPHS
     ]
@@ -261,7 +260,7 @@ def _write_sources(folder: Path, packages: dict[str, Path], contents: dict[str, 
         "their licences allow is in the folder licences, in the words of the packages: mind it",
         "before you pass pictures on.",
     ]
-    for package, names in _names().items():
+    for package, names in source_files().items():
         path = packages[package]
         (folder / "licences" / f"{package}.txt").write_bytes(contents[_notes(package)])
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
