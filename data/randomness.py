@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SOLARIZE = 22
     DENSE_VIEW = 30
     STEP = 31
+    PASTE = 23
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
