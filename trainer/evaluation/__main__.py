@@ -82,6 +82,8 @@ def _prepare(options: argparse.Namespace) -> Prepared:
     for setting in settings:
         setting.apply(source.model)
     if options.out is not None:
+        if options.out.exists() and not options.out.is_dir():
+            raise UserError(f"{options.out} is no folder: give another --out")
         taken = [name for name in (JSON, MARKDOWN) if (options.out / name).exists()]
         if taken:
             raise UserError(

@@ -22,14 +22,15 @@ from .attention import attention
 from .draw import Picture, draw_attention, draw_fields, panel_size
 from .fields import receptive_fields
 
+_LEAST_SIDE = 32  # pixels, the smallest image that the networks take
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and write the pictures; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        _check(options)
         photographs = {_name(path): _read(path) for path in options.images}
-        if len(photographs) < len(options.images):
-            raise UserError("two of the images have one name: their pictures need names of theirs")
         source = pretrained(options.source, weights=options.weights)
         options.out.mkdir(parents=True, exist_ok=True)
         size = tuple(options.img_size or [source.config.img_size])
@@ -49,6 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # as shells report it
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UserError for what cannot be drawn."""
+    if len(set(map(_name, options.images))) < len(options.images):
+        raise UserError("two of the images have one name: their pictures need names of their own")
+    sizes = options.img_size
+    if sizes is not None and (len(sizes) > 2 or min(sizes) < _LEAST_SIDE):
+        raise UserError(
+            f"--img-size {' '.join(map(str, sizes))}: give a side, or height and width, of at "
+            f"least {_LEAST_SIDE} pixels"
+        )
+    if not all(0 <= share <= 1 for share in options.query):
+        raise UserError(
+            f"--query {options.query[0]:g} {options.query[1]:g}: give a row and a column as shares "
+            "of the height and width, 0 to 1"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out} is no folder: give another --out")
 
 
 def explain(
@@ -119,42 +139,18 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         metavar="PIXELS",
-        action=_OneOrTwo,
         help="a side, or height and width, of what the network sees (default: the model's own)",
     )
     parser.add_argument(
         "--query",
         nargs=2,
-        type=_share,
+        type=float,
         default=(0.5, 0.5),
         metavar=("ROW", "COLUMN"),
         help="the place that looks, as shares of height and width (default: 0.5 0.5)",
     )
     parser.add_argument("--weights", choices=["ema", "live"], help="default: ema where it exists")
     return parser
-
-
-class _OneOrTwo(argparse.Action):
-    """Takes one or two numbers of pixels."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        sizes = [value for value in values if value > 0] if isinstance(values, list) else []
-        if len(sizes) not in (1, 2):
-            parser.error(f"{option_string} takes a side, or height and width, in pixels")
-        setattr(namespace, self.dest, sizes)
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share
 
 
 if __name__ == "__main__":
