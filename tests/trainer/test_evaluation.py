@@ -212,7 +212,7 @@ def test_a_new_size_of_transnext_is_measured_in_both_position_modes():
 
 def test_images_of_the_models_own_classes_need_no_published_name(tmp_path):
     write_sets(tmp_path)
-    (own,) = find([f"animals={tmp_path / 'val'}"], num_classes=len(SYNSETS))
+    (own,) = find([f"imagenet100={tmp_path / 'val'}"], num_classes=len(SYNSETS))
     assert own.among is None
     assert list(own.parts[0].open().labels) == [n // 3 for n in range(12)]
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 from data.base import Sample, Source
 from data.pipeline import open_source
 
-from ..config import UserError, nearest
+from ..config import UserError
 from .scores import ALEXNET_ERRORS, SEVERITIES
 
 _MANIFEST = "manifest.json"  # what a folder of indexed shards has
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 _SHOWN = 3  # names that a message lists
+_ALIKE = 0.9  # so that imagenet_a is taken for imagenet-a, and imagenet100 for nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +147,12 @@ def _check_name(name: str) -> None:
     """Raise UserError for what is probably a published set's name, misspelt: it has other rules."""
     if name in BENCHMARKS:
         return
-    prefixed = f"imagenet-{name.lower()}"
-    near = f"; did you mean {prefixed}?" if prefixed in BENCHMARKS else ""
-    near = near or nearest(name.lower(), list(BENCHMARKS))
+    spellings = (name.lower(), f"imagenet-{name.lower()}")
+    near = [x for word in spellings for x in get_close_matches(word, BENCHMARKS, cutoff=_ALIKE)]
     if near:
         raise UserError(
-            f"--data {name} is no published set that is known here{near} (known: "
-            f"{', '.join(BENCHMARKS)}; a set of your own needs a name unlike these)"
+            f"--data {name} is no published set that is known here; did you mean {near[0]}? "
+            f"(known: {', '.join(BENCHMARKS)}; a set of your own needs a name less alike)"
         )
 
 
@@ -232,7 +233,8 @@ def _corrupted(path: str, index: Mapping[str, int]) -> tuple[Part, ...]:
             f"CORRUPTION/SEVERITY, such as {missing[0]}: the mean corruption error is that of all"
         )
     for folder in folders.values():
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        folders_below = (entry.name for entry in folder.iterdir() if entry.is_dir())
+        classes = sorted(name for name in folders_below if not name.startswith("."))
         _check_classes("imagenet-c", str(folder), classes, index)
     return tuple(
         Part(name=name, open=partial(_labelled, "imagenet-c", str(folder), index))
