@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,7 @@ def find(specs: Sequence[str], *, num_classes: int) -> list[TestSet]:
         if name in found:
             raise UserError(f"--data {name} is given twice: give every set a name of its own")
         _check_name(name)
+        path = expanduser(path)  # a shell leaves ~ alone behind an equals sign
         if "://" not in path and not Path(path).is_dir():
             raise UserError(f"--data {name}: {path} is no folder: name the one that holds the set")
         if name in BENCHMARKS:
