@@ -29,6 +29,8 @@ commands:
   runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
   finetune TASK     classify, probe, detect or segment with pretrained weights
   export RUN        write a finished run as a bundle for another library
+  evaluate SOURCE   measure weights on ImageNet, its V2, A, R, Sketch, C and ReaL, or your images
+  explain IMAGE     draw what a network sees: receptive fields and where it attends
   ckpt              list, verify, compare and remove the checkpoints of a run
   data              fetch, pack, index, verify data sets; check, show, bench, doctor what runs see
   replay RUN        make one step of a run again, and name the tensor that went bad
@@ -68,6 +70,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         "runs": runs,
         "finetune": finetune,
         "export": lambda rest: python_module("trainer.export", rest),
+        "evaluate": lambda rest: python_module("trainer.evaluation", rest),
+        "explain": lambda rest: python_module("trainer.explain", rest),
         "ckpt": checkpoints,
         "data": data,
         "replay": replay,

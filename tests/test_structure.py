@@ -74,6 +74,7 @@ ALLOWED = {
         *("launcher.process", "models.registry", "models.base"),
         *("data.base", "data.pipeline", "data.augment", "data.policy", "data.color"),
         *("data.mixing", "data.randomness", "data.order", "data.ledger", "data.ffcv"),
+        "data.progress",
     },
     "models": set(),
     "data": set(),
@@ -90,6 +91,12 @@ EXCEPTIONS = {
     ("trainer.export", "models.convert"),  # writes the authors' files
     ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
     ("trainer.teacher", "models.convert"),  # reads the weights of any model
+    ("trainer.evaluation.measure", "models.transnext"),  # has two modes at other sizes
+    ("trainer.explain.attention", "models.geometry"),  # computes the weights of attention,
+    ("trainer.explain.attention", "models.kernels"),  # which operators keep to themselves
+    ("trainer.explain.attention", "models.kernels.eager"),
+    ("trainer.explain.attention", "models.transnext"),
+    ("trainer.explain.attention", "models.transxnet"),
     ("trainer.finetune.trunk", "models.transxnet"),  # whose maps detectors normalise
     ("trainer.pretrained", "models.convert"),  # and those of a source
     ("trainer.pretrained", "models.fold"),  # and an export without batch norms

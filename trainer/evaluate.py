@@ -73,17 +73,24 @@ class Evaluator:
         return self.signals.agree()
 
 
+def hits_label(guesses: Tensor, batch: Batch) -> Tensor:
+    """Return bool [B, K]: which of an image's K guesses, int64 [B, K], is its label."""
+    return guesses == batch.labels[:, None]
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
     normalize: Callable[[Tensor], Tensor],
     stop: Callable[[], bool],
+    hits: Callable[[Tensor, Batch], Tensor] = hits_label,
 ) -> dict[str, float] | None:
     """Return top1 and top5 in percent, equal on all ranks, or None if it was stopped midway.
 
     Each rank brings its share of the split in equally many batches; padding is masked out. `stop()`
-    is asked about each, and getting one may raise Stopped. The model is left in training mode.
+    is asked about each, and getting one may raise Stopped. `hits` says which of an image's guesses
+    is right, one at most. The model is left in training mode.
     """
     counts: Tensor | None = None
     model.eval()
@@ -92,7 +99,7 @@ def evaluate(
             if stop():
                 return None
             with torch.no_grad():
-                found = _count(model(normalize(batch.images)), batch)
+                found = _count(model(normalize(batch.images)), batch, hits)
             counts = found if counts is None else counts + found
     except Stopped:
         return None
@@ -104,8 +111,8 @@ def evaluate(
     return {"top1": 100 * top1 / total, "top5": 100 * top5 / total}
 
 
-def _count(logits: Tensor, batch: Batch) -> Tensor:
+def _count(logits: Tensor, batch: Batch, hits: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """Return int64 [3]: images right at first guess, right within five, and all, padding aside."""
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    right = (guesses == batch.labels[:, None]) & batch.valid[:, None]
+    right = hits(guesses, batch) & batch.valid[:, None]
     return torch.stack((right[:, 0].sum(), right.sum(), batch.valid.sum()))

@@ -14,10 +14,11 @@ from launcher.process import Process
 from .config import UserError
 
 
-def join(process: Process, run_dir: Path) -> torch.device:
+def join(process: Process, run_dir: Path | None = None) -> torch.device:
     """Join the run's process group and return this process's device: its GPU, else the CPU.
 
-    A process that has joined one already, a notebook's for one, stays in it.
+    Without a run folder no collectives are recorded. A process that has joined one already, a
+    notebook's for one, stays in it.
 
     Raises:
         UserError: if there is no GPU left for it.
@@ -28,7 +29,8 @@ def join(process: Process, run_dir: Path) -> torch.device:
         device = torch.device("cuda", gpu_index(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        record_collectives(run_dir)
+        if run_dir is not None:
+            record_collectives(run_dir)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             init_method=f"tcp://{process.address}:{process.port}",

@@ -11,14 +11,16 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -197,6 +199,15 @@ class _Sinks:
         self.bar.close()
         self.jsonl.close()
         self.board.close()
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Write pictures [H, W, 3] into an event file of TensorBoard's, under their names."""
+    from torch.utils.tensorboard import SummaryWriter  # which takes seconds to import
+
+    with SummaryWriter(str(folder)) as board:
+        for name, picture in pictures.items():
+            board.add_image(name, picture, dataformats="HWC")
 
 
 def _open_lines(path: Path) -> Any:
