@@ -45,9 +45,11 @@ def draw_masks(
 def palette(num_classes: int) -> NDArray[np.uint8]:
     """Return colours uint8 [num_classes, 3], neighbours in the list far apart."""
     golden = (5**0.5 - 1) / 2  # steps of it spread over the circle evenly, however many there are
-    hues = [index * golden % 1 for index in range(num_classes)]
-    tones = [((1.0, 0.6)[index % 2], (1.0, 0.7, 0.45)[index % 3]) for index in range(num_classes)]
-    colours = [colorsys.hsv_to_rgb(hue, *tone) for hue, tone in zip(hues, tones, strict=True)]
+    saturations, values = (1.0, 0.55), (1.0, 0.6, 0.85, 0.4, 0.7)
+    colours = [
+        colorsys.hsv_to_rgb(index * golden % 1, saturations[index % 2], values[index % 5])
+        for index in range(num_classes)
+    ]
     return (np.array(colours) * 255).round().astype(np.uint8)
 
 
