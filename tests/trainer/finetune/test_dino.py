@@ -184,11 +184,19 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _two_steps(rank, world_size):
+UNEVEN = [
+    {key: torch.cat([value, value]) for key, value in OBJECTS.items()},
+    {key: value[:1] for key, value in OBJECTS.items()},
+]
+
+
+def _three_steps(rank, world_size):
     model = detector()
     parallel = DistributedDataParallel(model)  # which by itself waits for every parameter
-    matched(parallel([image(seed=rank)], [[OBJECTS, NOTHING][rank]])).backward()
+    matched(parallel([image(seed=rank)], [UNEVEN[rank]])).backward()
     first = gradients(model)
+    model.zero_grad()
+    sum(parallel([image(seed=rank)], [[OBJECTS, NOTHING][rank]]).values()).backward()
     model.zero_grad()
     sum(parallel([image(seed=rank)], [NOTHING]).values()).backward()
     return first
@@ -196,9 +204,9 @@ def _two_steps(rank, world_size):
 
 def test_processes_compute_the_gradient_of_their_joint_batch():
     model = detector()
-    matched(model([image(seed=0), image(seed=1)], [OBJECTS, NOTHING])).backward()
+    matched(model([image(seed=0), image(seed=1)], UNEVEN)).backward()
     expected = gradients(model)
-    for found in run_distributed(_two_steps, 2, timeout=300):
+    for found in run_distributed(_three_steps, 2, timeout=300):
         assert found.keys() == expected.keys()
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)

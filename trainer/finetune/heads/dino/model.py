@@ -78,8 +78,8 @@ class Dino(nn.Module):
         self.unused = unused
         self.num_classes = num_classes
         self.denoising = config.denoising
-        self.register_buffer("pixel_mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("pixel_std", torch.tensor(std)[:, None, None])
+        self.register_buffer("pixel_mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
+        self.register_buffer("pixel_std", torch.tensor(std, dtype=torch.float32)[:, None, None])
         channels, strides = trunk.channels[unused:], trunk.strides[unused:]
         self.projection = Projection(channels, strides, config.width)
         self.encoder = Encoder(config, num_scales)

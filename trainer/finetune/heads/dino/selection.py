@@ -48,8 +48,8 @@ class QuerySelection(nn.Module):
     def forward(self, tokens: Tensor, pyramid: Pyramid) -> Selection:
         """Return what the encoder's tokens [B, N, C] propose."""
         proposals = _proposals(pyramid)
-        # Boxes with a centre at the very border are left to other tokens, as is the padding.
-        eligible = pyramid.inside & ((pyramid.centres > 0.01) & (pyramid.centres < 0.99)).all(-1)
+        # Boxes with a centre at the very border are left to other tokens; padding lies beyond it.
+        eligible = ((pyramid.centres > 0.01) & (pyramid.centres < 0.99)).all(-1)
         features = self.transform(tokens)
         logits = self.class_head(features).float()
         best = logits.detach().amax(-1).masked_fill(~eligible, -torch.inf)
