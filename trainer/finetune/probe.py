@@ -111,7 +111,7 @@ def probe(settings: ProbeSettings, source: Pretrained, process: Process) -> None
     for name, split in zip(("train", "val"), sides, strict=True):
         _compute(settings, source, split, name, device)
     dist.barrier()
-    if process.rank == 0:
+    if dist.get_rank() == 0:
         _score(settings, sides, device)
     dist.barrier()  # nobody leaves before the last: srun ends a job that some have left
 

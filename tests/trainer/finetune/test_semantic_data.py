@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from trainer.config import UserError
 from trainer.finetune.semantic_augment import Augmentation, augment, distort, fitted_size
 from trainer.finetune.semantic_data import (
-    TrainingPictures,
-    ValidationPictures,
+    SemanticViews,
     ade20k,
     index_folder,
 )
@@ -52,10 +50,9 @@ def test_pictures_are_found_by_name_with_their_labels(folder):
     assert [picture.name for picture in pictures.pictures] == ["a", "b", "deep/c"]
     assert pictures.classes == ("road", "sky", "tree")
     pictures.check()
-    image, labels, name = ValidationPictures(pictures)[2]
-    assert name == "deep/c"
+    image, labels = pictures.read(2)
     assert (image.dtype, image.shape) == (torch.uint8, (3, 40, 60))
-    assert (labels.dtype, labels.shape) == (torch.int64, (40, 60))
+    assert (labels.dtype, labels.shape) == (torch.uint8, (40, 60))
     assert labels[3:].unique().tolist() == [0, 1, 2]
     assert (labels[:3] == 255).all()
     (folder / "names.json").write_text(json.dumps(["x", "y", "z"]))
@@ -135,9 +132,9 @@ def test_a_picture_that_cannot_be_trained_on_is_one_clear_message(mistake, folde
     spoil(folder)
     with pytest.raises(UserError, match=message):
         pictures.check()
-    training = TrainingPictures(pictures, SMALL, seed=0)
+    training = SemanticViews(pictures, SMALL)
     with pytest.raises(UserError, match=message):
-        [training[0, index] for index in range(3)]
+        [training.view(index) for index in range(3)]
 
 
 def test_a_folder_that_cannot_be_trained_on_is_one_clear_message(folder):
@@ -164,31 +161,19 @@ def test_a_list_of_classes_that_is_none_is_one_clear_message(text, folder):
 # Augmentation.
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone(folder):
-    pictures = _read(folder)
-    places = [(epoch, index) for epoch in (0, 7) for index in (2, 0, 1)]
-    expected = {}
-    for place in places:
-        torch.manual_seed(99)
-        expected[place] = TrainingPictures(pictures, SMALL, seed=4)[place]
-    training = TrainingPictures(pictures, SMALL, seed=4)
-    for workers in (0, 2):
-        loader = DataLoader(training, sampler=places[::-1], batch_size=2, num_workers=workers)
-        samples = [sample for batch in loader for sample in zip(*batch, strict=True)]
-        for place, (image, labels, name) in zip(places[::-1], samples, strict=True):
-            assert torch.equal(image, expected[place][0])
-            assert torch.equal(labels, expected[place][1])
-            assert name == expected[place][2]
-    images = [expected[place][0] for place in places]
-    images.append(TrainingPictures(pictures, SMALL, seed=5)[places[0]][0])
-    assert all(not torch.equal(one, other) for i, one in enumerate(images) for other in images[:i])
-
-
-def test_reading_a_sample_leaves_the_global_generator_alone(folder):
-    training = TrainingPictures(_read(folder), SMALL, seed=4)
-    before = torch.get_rng_state()
-    training[3, 1]
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_sample_is_what_the_generator_makes_of_it(folder):
+    training = SemanticViews(_read(folder), SMALL)
+    views = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        views.append(training.view(1))
+    image, labels = views[0]
+    assert (image.dtype, image.shape) == (torch.float32, (3, 48, 48))
+    assert 0 <= image.min() <= image.max() <= 1
+    assert (labels.dtype, labels.shape) == (torch.int64, (48, 48))
+    assert torch.equal(image, views[1][0])
+    assert torch.equal(labels, views[1][1])
+    assert not torch.equal(image, views[2][0])
 
 
 def test_pictures_fit_into_the_box_whichever_way_they_lie():
