@@ -1,5 +1,6 @@
 """The detector as a whole: its size, its losses, its detections, what they must not depend on."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,20 @@ def test_losses_are_those_of_all_layers_the_encoder_and_denoising():
     assert all(value.shape == () and value.isfinite() for value in losses.values())
 
 
+@pytest.mark.parametrize("part", ["", "auxiliary_", "encoder_"])
+def test_each_loss_is_of_the_layers_that_its_name_says(part):
+    model = detector(config=replace(SMALL, decoder_layers=3))
+    model([image()], [OBJECTS])[f"{part}class"].backward()
+    heads = {
+        "encoder_": [model.selection.class_head],
+        "auxiliary_": list(model.decoder.class_heads[:-1]),
+        "": [model.decoder.class_heads[-1]],
+    }
+    for owner, its in heads.items():
+        for head in its:
+            assert (head.bias.grad.abs().sum() > 0) == (owner == part)
+
+
 @pytest.mark.parametrize("targets", [[OBJECTS, NOTHING], [NOTHING, NOTHING]], ids=["some", "none"])
 @pytest.mark.parametrize(
     ("name", "num_scales"),
@@ -89,6 +104,31 @@ def test_detections_are_boxes_in_the_pixels_of_each_image():
         assert one["boxes"].min() >= 0
         assert one["boxes"][:, 0::2].max() <= width
         assert one["boxes"][:, 1::2].max() <= height
+
+
+def test_images_are_normalised_with_the_colours_of_the_trunk():
+    model = shaken(detector()).eval()
+    plain = deepcopy(model)
+    plain.pixel_mean.zero_()
+    plain.pixel_std.fill_(1)
+    with torch.no_grad():
+        found = model([image(50, 64)])[0]
+        by_hand = plain([(image(50, 64) - 0.5) / 0.25])[0]
+        as_it_is = plain([image(50, 64)])[0]
+    assert_same_detections(found, by_hand)
+    assert not torch.allclose(found["scores"], as_it_is["scores"])
+
+
+def test_detections_are_those_of_the_last_layer():
+    model = shaken(detector()).eval()
+    with torch.no_grad():
+        before = model([image()])[0]
+        model.decoder.class_heads[0].bias.add_(1)  # the first layer's opinion counts for nothing
+        same = model([image()])[0]
+        model.decoder.box_heads[-1][-1].bias.sub_(0.5)
+        moved = model([image()])[0]
+    assert_same_detections(before, same)
+    assert (moved["boxes"] - before["boxes"]).abs().amax(1).min() > 0.5
 
 
 def test_an_image_gets_300_detections():

@@ -111,3 +111,9 @@ def test_truth_is_padded_to_the_image_with_the_most_objects():
     assert empty.boxes.shape == (2, 0, 4)
     assert isinstance(empty, Truth)
     assert not empty.present.any()
+
+
+def test_boxes_are_shares_of_their_images_width_and_height():
+    target = {"boxes": torch.tensor([[10.0, 20.0, 50.0, 30.0]]), "labels": torch.tensor([1])}
+    truth = gather_truth([target], torch.tensor([[40.0, 100.0]]))  # 40 high, 100 wide
+    torch.testing.assert_close(truth.boxes[0, 0], torch.tensor([0.3, 0.625, 0.4, 0.25]))
