@@ -1,7 +1,5 @@
 """Mask2Former against transformers' own assembly of it; its losses against plain loops."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
 
 from models.registry import build
 from tests.trainer.finetune.drawings import MEAN, SMALL, STD, drawn, parameter_count, small
-from trainer.finetune.heads.assignment import assign
 from trainer.finetune.heads.mask2former import Mask2Former
 from trainer.finetune.heads.mask2former_loss import (
     Prediction,
@@ -98,33 +95,6 @@ def test_heads_begin_by_looking_around_each_point():
     assert torch.allclose(offsets.abs().amax(-1), torch.arange(1.0, 5.0).expand(8, 3, 4))
     assert torch.allclose(offsets[:, 0].sum(0), torch.zeros(4, 2), atol=1e-5)
     assert len({tuple(pair) for pair in offsets[:, 0, 0].round().tolist()}) == 8
-
-
-# The assignment.
-
-
-@pytest.mark.parametrize("whole", [False, True])  # whole numbers: with ties
-def test_the_assignment_is_the_cheapest_of_all(whole):
-    generator = np.random.default_rng(0)
-    for _ in range(150):
-        rows = int(generator.integers(0, 5))
-        columns = int(generator.integers(max(rows, 1), 7))
-        shape = (rows, columns)
-        costs = generator.normal(size=shape) * 10.0 ** generator.integers(-3, 4)
-        if whole:
-            costs = generator.integers(-2, 3, size=shape).astype(float)
-        chosen = assign(costs)
-        assert len(set(chosen.tolist())) == rows
-        best = min(
-            sum(costs[row, column] for row, column in enumerate(columns_))
-            for columns_ in itertools.permutations(range(columns), rows)
-        )
-        assert costs[np.arange(rows), chosen].sum() == pytest.approx(best, abs=1e-9)
-
-
-def test_more_rows_than_columns_are_refused():
-    with pytest.raises(ValueError, match="3 rows cannot have a column each of 2"):
-        assign(np.zeros((3, 2)))
 
 
 # The losses.

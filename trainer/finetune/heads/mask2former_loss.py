@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from .assignment import assign
 from .semantic import IGNORED
 
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of losses and of matching costs alike
@@ -135,12 +135,7 @@ def pair_costs(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 def _assign(costs: NDArray[np.float64], device: torch.device) -> Match:
     """Match targets and queries, given their costs [n, Q]; the shorter side is matched in full."""
-    if costs.shape[0] <= costs.shape[1]:
-        queries = assign(costs)
-        targets = np.arange(len(queries))
-    else:
-        targets = assign(costs.T)
-        queries = np.arange(len(targets))
+    targets, queries = linear_sum_assignment(costs)
     return Match(torch.from_numpy(queries).to(device), torch.from_numpy(targets).to(device))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .boxes import generalized_iou, to_corners
@@ -50,49 +51,9 @@ def _costs(logits: Tensor, boxes: Tensor, labels: Tensor, known: Tensor) -> Tens
 def assign(costs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows and columns of the cheapest assignment for costs [rows, columns].
 
-    As many pairs as the shorter side is long, each row and column at most once: the Hungarian
-    method, by shortest augmenting paths with potentials. A cost that is no number counts as too
-    high to be chosen.
+    As many pairs as the shorter side is long, each row and column at most once. A cost that is no
+    number counts as too high to be chosen.
     """
-    costs = np.nan_to_num(costs, nan=1e9, posinf=1e9, neginf=-1e9)
-    if costs.shape[0] > costs.shape[1]:
-        columns, rows = assign(costs.T)
-        return rows, columns
-    owner = np.full(costs.shape[1], -1)
-    row_potential, column_potential = np.zeros(costs.shape[0]), np.zeros(costs.shape[1])
-    for row in range(costs.shape[0]):
-        _augment(row, costs, owner, row_potential, column_potential)
-    columns = np.flatnonzero(owner >= 0)
-    return owner[columns], columns
-
-
-def _augment(
-    row: int,
-    costs: NDArray[np.float64],
-    owner: NDArray[np.int64],
-    row_potential: NDArray[np.float64],
-    column_potential: NDArray[np.float64],
-) -> None:
-    """Give `row` a column, moving owners along the cheapest path that ends in a free column."""
-    distance = np.full(len(owner), np.inf)
-    before = np.full(len(owner), -1)  # the column that the path comes from
-    done = np.zeros(len(owner), dtype=bool)
-    current, travelled, column = row, 0.0, -1
-    while True:
-        through = travelled + costs[current] - row_potential[current] - column_potential
-        nearer = ~done & (through < distance)
-        distance[nearer], before[nearer] = through[nearer], column
-        column = int(np.where(done, np.inf, distance).argmin())
-        travelled = float(distance[column])
-        if owner[column] < 0:
-            break
-        done[column] = True
-        current = int(owner[column])
-    spared = travelled - distance[done]
-    row_potential[row] += travelled
-    row_potential[owner[done]] += spared
-    column_potential[done] -= spared
-    while before[column] >= 0:
-        owner[column] = owner[before[column]]
-        column = int(before[column])
-    owner[column] = row
+    finite = np.nan_to_num(costs, nan=1e9, posinf=1e9, neginf=-1e9)
+    rows, columns = linear_sum_assignment(finite)
+    return rows, columns
