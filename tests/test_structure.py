@@ -28,7 +28,7 @@ OWNERS = {
     "accelerate": ("trainer/finetune/",),
     "transformers": ("trainer/finetune/heads/",),
     "torchvision": ("data/fetch.py", "trainer/finetune/"),
-    "faster_coco_eval": ("trainer/finetune/coco_metrics.py",),
+    "faster_coco_eval": ("trainer/finetune/coco_",),
     "triton": ("models/kernels/",),
 }
 
