@@ -137,7 +137,7 @@ def attention_gradients(
     batch, num_heads, num_queries = lse.shape
     few = num_queries <= FEW_QUERIES
     if sizes.num_keys <= OWN_KEYS and not few and scale is None:
-        return _relative_gradients(grad, lse, *maps, table.contiguous(), sizes)
+        return _relative_gradients(grad, lse, maps, table.contiguous(), sizes)
 
     grad_maps = [torch.empty_like(x) for x in maps]
     grad_q, grad_k, grad_v = _split(grad_maps)
@@ -175,9 +175,10 @@ def attention_gradients(
 
 
 def _relative_gradients(
-    grad: Tensor, lse: Tensor, q: Tensor, kv: Tensor, table: Tensor, sizes: Sizes
+    grad: Tensor, lse: Tensor, maps: list[Tensor], table: Tensor, sizes: Sizes
 ) -> list[Tensor]:
     """The gradients of queries, of keys and values in one, and of the table."""
+    q, kv = maps
     batch, num_heads, num_queries = lse.shape
     chosen = options(RELATIVE_GRADIENTS, q, table, sizes)
     most = UNALIGNED_PART_QUERIES if chosen["WIDTH"] % 8 else PART_QUERIES
@@ -190,7 +191,7 @@ def _relative_gradients(
     launch(
         relative_gradients_kernel, (parts, num_heads, groups),
         grad, q, *kv.chunk(2, dim=-1), table, lse, grad_q, *sums.chunk(2, dim=-1), grad_table,
-        batch, blocks(batch, groups), *sizes, STEPS=steps, **chosen,
+        batch, blocks(batch, groups), *sizes[:2], STEPS=steps, **chosen,
     )  # fmt: skip
     if parts > 1:
         size = kv.numel()

@@ -162,7 +162,7 @@ def attention_gradients_kernel(
 @triton.jit
 def relative_gradients_kernel(
     grad, q, k, v, table, lse, grad_q, grad_k, grad_v, grad_table, batch, images, num_queries,
-    num_keys, q_stride, kv_stride,
+    num_keys,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -170,9 +170,12 @@ def relative_gradients_kernel(
 
     A program owns `STEPS` blocks of queries, and keeps the table's gradient [groups of images, h,
     N, M] in registers from image to image. Those of keys and values are the parts of these queries,
-    [parts, B, M, kv_stride], to be added up. Gradients have the strides of what they are of.
+    [parts, B, M, 2hd], to be added up. Queries are in a map of their own, keys and values in one.
     """
     head, group, num_heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    # Computed here, they are known to be multiples of the width.
+    q_stride = num_heads * WIDTH
+    kv_stride = 2 * q_stride
     begin = tl.program_id(0) * STEPS * BLOCK_N
     end = tl.minimum(begin + STEPS * BLOCK_N, num_queries)
     part = tl.program_id(0).to(tl.int64) * batch * num_keys * kv_stride
