@@ -177,7 +177,7 @@ def relative_gradients_kernel(
     q_stride = num_heads * WIDTH
     kv_stride = 2 * q_stride
     begin = tl.program_id(0) * STEPS * BLOCK_N
-    end = tl.minimum(begin + STEPS * BLOCK_N, num_queries)
+    steps = tl.minimum(STEPS, tl.cdiv(num_queries - begin, BLOCK_N))
     part = tl.program_id(0).to(tl.int64) * batch * num_keys * kv_stride
     columns = tl.arange(0, BLOCK_M)
     factor = WIDTH**-0.5
@@ -194,8 +194,8 @@ def relative_gradients_kernel(
         values = load_tokens(v + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
         grad_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         grad_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
-            rows = start + tl.arange(0, BLOCK_N)
+        for step in tl.range(0, steps, disable_licm=True):
+            rows = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
             queries = load_tokens(q + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
             grads = load_tokens(grad + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
             bias = load_table(table, rows, columns, num_queries, num_keys)
@@ -207,7 +207,7 @@ def relative_gradients_kernel(
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
             mean = tl.sum(weights * grad_weights, axis=1)
             grad_logits = weights * (grad_weights - mean[:, None])
-            totals = add_at(totals, (start - begin) // BLOCK_N, grad_logits, STEPS)
+            totals = add_at(totals, step, grad_logits, STEPS)
             rounded = narrow(grad_logits, queries.dtype)
             grad_keys += tl.dot(tl.trans(rounded), queries, input_precision="ieee")
             total = tl.dot(rounded, keys, input_precision="ieee") * factor
