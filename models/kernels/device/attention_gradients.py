@@ -162,9 +162,8 @@ def attention_gradients_kernel(
 @triton.jit
 def relative_gradients_kernel(
     grad, q, k, v, table, lse, grad_q, grad_k, grad_v, grad_table, batch, images, num_queries,
-    num_keys,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    num_keys, STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All gradients of scaled dot products, by some queries of some images; keys are one block.
 
@@ -177,7 +176,7 @@ def relative_gradients_kernel(
     q_stride = num_heads * WIDTH
     kv_stride = 2 * q_stride
     begin = tl.program_id(0) * STEPS * BLOCK_N
-    steps = tl.minimum(STEPS, tl.cdiv(num_queries - begin, BLOCK_N))
+    end = tl.minimum(begin + STEPS * BLOCK_N, num_queries)
     part = tl.program_id(0).to(tl.int64) * batch * num_keys * kv_stride
     columns = tl.arange(0, BLOCK_M)
     factor = WIDTH**-0.5
@@ -194,7 +193,7 @@ def relative_gradients_kernel(
         values = load_tokens(v + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
         grad_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         grad_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for step in tl.range(0, steps, disable_licm=True):
+        for step in tl.range(0, tl.cdiv(end - begin, BLOCK_N), disable_licm=True):
             rows = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
             queries = load_tokens(q + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
             grads = load_tokens(grad + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
