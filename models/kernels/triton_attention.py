@@ -195,7 +195,7 @@ def _relative_gradients(
     )  # fmt: skip
     if parts > 1:
         size = kv.numel()
-        launch(add_parts_kernel, (blocks(size, SUMS),), sums, grad_kv, parts, size, BLOCK=SUMS)
+        launch(add_parts_kernel, (blocks(size, SUMS),), grad_kv, sums, parts, size, BLOCK=SUMS)
     return [grad_q, grad_kv, grad_table.sum(dim=0)]
 
 

@@ -225,7 +225,7 @@ def relative_gradients_kernel(
 
 
 @triton.jit
-def add_parts_kernel(parts, out, count, size, BLOCK: tl.constexpr):
+def add_parts_kernel(out, parts, count, size, BLOCK: tl.constexpr):
     """The sum of so many tensors of a size, one after another in memory, in the dtype of `out`."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

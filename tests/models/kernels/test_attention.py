@@ -133,7 +133,6 @@ def test_little_is_moved_twice_in_the_last_stage():
     assert backward - again <= 1.6 * least
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "dtype"), [(32, torch.bfloat16), (19, torch.bfloat16), (32, torch.float32)], ids=str
 )
