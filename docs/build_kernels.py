@@ -46,9 +46,9 @@ Made by `python docs/build_kernels.py` with Triton {version} of the kernels with
 `{digest}`. Registers, stack and local memory are a thread's, the latter two 0 where nothing
 spills; shared memory, in bytes, is a program's; warps are what a multiprocessor can hold of the
 kernel at once, out of 64. A kernel appears once for each shape of a map that it is built for: those
-of attention for TransNeXt-Base's last stage at 224 and 384 pixels and TransXNet-Base's first at
-224, in this order, and then, with those of aggregated attention, for TransNeXt-Base's first stage
-at 224 and 384.
+of attention for TransNeXt-Base's last stage at 224 and 384 pixels, TransXNet-Base's first and
+TransXNet-Small's second at 224, in this order, and then, with those of aggregated attention, for
+TransNeXt-Base's first stage at 224 and 384.
 
 """
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -94,15 +94,16 @@ def launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def _attend(dtype: torch.dtype) -> None:
-    """TransNeXt-Base's last stage at 224 and 384 pixels, TransXNet-Base's first at 224."""
+    """The last stage of TransNeXt-Base at 224 and 384 pixels, the first two of two TransXNets."""
     for side in (7, 12):
         tokens = side**2
         qkv = torch.empty(16, side, side, 3 * 768, dtype=dtype)
         cosine = torch.empty(32, tokens, tokens), torch.empty(32, 1, 24), torch.empty(32, tokens, 1)
         attention_gradients(*attention([qkv], *cosine), [qkv], *cosine)
-    maps = [torch.empty(16, 56, 56, 38, dtype=dtype), torch.empty(16, 7, 7, 76, dtype=dtype)]
-    relative = torch.empty(2, 56**2, 49), None, None
-    attention_gradients(*attention(maps, *relative), maps, *relative)
+    for side, width in ((56, 38), (28, 64)):
+        q, kv = (torch.empty(16, s, s, c, dtype=dtype) for s, c in ((side, width), (7, 2 * width)))
+        relative = torch.empty(2, side**2, 49), None, None
+        attention_gradients(*attention([q, kv], *relative), [q, kv], *relative)
 
 
 def _aggregate(dtype: torch.dtype) -> None:

@@ -19,7 +19,6 @@ from .eager import LIBRARY, unit_backward
 from .launch import launch
 from .triton_attention import (
     KEY_GRADIENTS,
-    OWN_KEYS,
     Inputs,
     Sizes,
     blocks,
@@ -147,14 +146,14 @@ def _pool_gradients(far: Inputs, inner: Tensor, sizes: Sizes) -> list[Tensor]:
     """The gradients of pooled keys and values, by a pass over queries of its own."""
     batch, heads, _ = far.lse.shape
     grads = [torch.empty_like(x) for x in (far.k, far.v)]
-    chosen = options(KEY_GRADIENTS, far.q, far.table, far.scale, sizes, keys=OWN_KEYS)
+    chosen = options(KEY_GRADIENTS, far.q, far.table, sizes)
     parts = blocks(sizes.num_keys, chosen["BLOCK_M"])
     # The kernel adds up what keys say of the embedding; queries have said all of it.
     unused = inner.new_empty(batch * parts, heads, far.q.shape[-1] // heads)
     launch(
         attention_gradients_kernel, (parts, heads, batch),
         *far, inner, None, *grads, None, unused, None, batch, 1, *sizes,
-        WHOLE=False, STEPS=0, **chosen,
+        COSINE=True, STEPS=0, **chosen,
     )  # fmt: skip
     return grads
 

@@ -16,24 +16,33 @@ from torch.utils.flop_counter import register_flop_formula
 from .choice import FASTER
 from .device.attention import attention_kernel
 from .device.attention_gradients import (
+    add_parts_kernel,
     attention_gradients_kernel,
     query_gradients_kernel,
+    relative_gradients_kernel,
     table_gradients_kernel,
 )
 from .eager import LIBRARY
 from .launch import launch
 
-# Keys of a block.
-KEYS = 32
 # The most keys whose gradients one program computes.
 OWN_KEYS = 64
-# Queries of a block, and warps, that registers suffice for, by the bytes of a number.
-FORWARD = {2: (256, 8), 4: (128, 8)}
-QUERY_GRADIENTS = {2: (64, 4), 4: (32, 8)}
-KEY_GRADIENTS = {2: (32, 4), 4: (16, 8)}
-TABLE_GRADIENTS = {2: (128, 8), 4: (32, 8)}
-# The most queries for which the table's gradient stays in registers beside those of the keys.
+# Queries and keys of a block, and warps, that registers suffice for, by the bytes of a number; of
+# heads wider than `NARROW`, filled up to a tile, there are fewer queries.
+NARROW = 32
+FORWARD = {2: (256, 32, 8), 4: (256, 16, 8)}
+COSINE_FORWARD = {2: (256, 32, 8), 4: (128, 32, 8)}
+QUERY_GRADIENTS = {2: (64, 32, 4), 4: (32, 32, 8)}
+KEY_GRADIENTS = {2: (32, OWN_KEYS, 4), 4: (16, OWN_KEYS, 8)}
+RELATIVE_GRADIENTS = {2: (128, OWN_KEYS, 8), 4: (16, OWN_KEYS, 8)}
+TABLE_GRADIENTS = {2: (128, 32, 8), 4: (32, 32, 8)}
+# The most queries for which the table's gradient stays in registers beside those of the keys; and
+# where these are only parts, of some queries, which are added up later. There are fewer registers
+# where the numbers of a head are not aligned, so that each is loaded by an address of its own.
 FEW_QUERIES = 64
+PART_QUERIES, UNALIGNED_PART_QUERIES = 384, 256
+# Numbers that a program adds up.
+SUMS = 1024
 # Images are divided among programs until there are so many programs, but so few images for each:
 # every program writes a part of the table's gradient.
 PROGRAMS, IMAGES = 128, 8
@@ -103,11 +112,13 @@ def attention(
     """
     maps, sizes = [x.contiguous() for x in maps], _sizes(maps)
     out, lse = _attention_shapes(maps, table, embedding, scale)
-    chosen = options(FORWARD, _split(maps)[0], table, scale, sizes)
+    cosine = scale is not None
+    tiles = COSINE_FORWARD if cosine else FORWARD
+    chosen = options(tiles, _split(maps)[0], table, sizes)
     launch(
         attention_kernel, (blocks(sizes.num_queries, chosen["BLOCK_N"]), *lse.shape[1::-1]),
         *_split(maps), table.contiguous(), _contiguous(embedding), _contiguous(scale),
-        out, lse, *sizes, **chosen,
+        out, lse, *sizes, COSINE=cosine, **chosen,
     )  # fmt: skip
     return out, lse
 
@@ -124,32 +135,34 @@ def attention_gradients(
     """The gradients of maps, table, and, where there are such, of embedding and scale."""
     grad, maps, sizes = grad.contiguous(), [x.contiguous() for x in maps], _sizes(maps)
     batch, num_heads, num_queries = lse.shape
+    few = num_queries <= FEW_QUERIES
+    if sizes.num_keys <= OWN_KEYS and not few and scale is None:
+        return _relative_gradients(grad, lse, maps, table.contiguous(), sizes)
+
     grad_maps = [torch.empty_like(x) for x in maps]
     grad_q, grad_k, grad_v = _split(grad_maps)
     grad_scale, delta = torch.empty_like(lse), torch.empty_like(lse)
     parameters = table.contiguous(), _contiguous(embedding), _contiguous(scale)
     inputs = Inputs(grad, *_split(maps), *parameters, lse)
-
-    whole = sizes.num_keys <= OWN_KEYS
+    whole, cosine = few and sizes.num_keys <= OWN_KEYS, scale is not None
     if not whole:
-        chosen = options(QUERY_GRADIENTS, inputs.q, table, scale, sizes)
+        chosen = options(QUERY_GRADIENTS, inputs.q, table, sizes)
         launch(
             query_gradients_kernel,
             (blocks(num_queries, chosen["BLOCK_N"]), num_heads, batch),
-            *inputs, grad_q, grad_scale, delta, *sizes, **chosen,
+            *inputs, grad_q, grad_scale, delta, *sizes, COSINE=cosine, **chosen,
         )  # fmt: skip
 
-    chosen = options(KEY_GRADIENTS, inputs.q, table, scale, sizes, keys=OWN_KEYS)
-    few = num_queries <= FEW_QUERIES
+    chosen = options(KEY_GRADIENTS, inputs.q, table, sizes)
     parts = blocks(sizes.num_keys, chosen["BLOCK_M"])
-    groups = _groups(batch, parts * num_heads) if few else batch
-    grad_table = table.new_empty(groups, *table.shape) if few else None
+    groups = _groups(batch, num_heads) if whole else batch
+    grad_table = table.new_empty(groups, *table.shape) if whole else None
     grad_embedding = table.new_empty(groups * parts, num_heads, grad.shape[-1] // num_heads)
     launch(
         attention_gradients_kernel, (parts, num_heads, groups),
         *inputs, delta, grad_q, grad_k, grad_v, grad_table, grad_embedding, grad_scale,
-        batch, blocks(batch, groups), *sizes,
-        WHOLE=whole, STEPS=blocks(num_queries, chosen["BLOCK_N"]) if few else 0, **chosen,
+        batch, blocks(batch, groups), *sizes, COSINE=cosine,
+        STEPS=blocks(num_queries, chosen["BLOCK_N"]) if whole else 0, **chosen,
     )  # fmt: skip
 
     if grad_table is None:
@@ -161,21 +174,47 @@ def attention_gradients(
     return [*found, grad_embedding, grad_scale.sum(dim=0).view(scale.shape)]
 
 
+def _relative_gradients(
+    grad: Tensor, lse: Tensor, maps: list[Tensor], table: Tensor, sizes: Sizes
+) -> list[Tensor]:
+    """The gradients of queries, of keys and values in one, and of the table."""
+    q, kv = maps
+    batch, num_heads, num_queries = lse.shape
+    chosen = options(RELATIVE_GRADIENTS, q, table, sizes)
+    most = UNALIGNED_PART_QUERIES if chosen["WIDTH"] % 8 else PART_QUERIES
+    parts = blocks(num_queries, most * NARROW // max(NARROW, chosen["BLOCK_D"]))
+    steps = blocks(blocks(num_queries, chosen["BLOCK_N"]), parts)
+    groups = _groups(batch, parts * num_heads)
+    grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
+    sums = grad_kv if parts == 1 else table.new_empty(parts, *kv.shape)
+    grad_table = table.new_empty(groups, *table.shape)
+    launch(
+        relative_gradients_kernel, (parts, num_heads, groups),
+        grad, q, *kv.chunk(2, dim=-1), table, lse, grad_q, *sums.chunk(2, dim=-1), grad_table,
+        batch, blocks(batch, groups), *sizes[:2], STEPS=steps, **chosen,
+    )  # fmt: skip
+    if parts > 1:
+        size = kv.numel()
+        launch(add_parts_kernel, (blocks(size, SUMS),), grad_kv, sums, parts, size, BLOCK=SUMS)
+    return [grad_q, grad_kv, grad_table.sum(dim=0)]
+
+
 def table_gradients(inputs: Inputs, delta: Tensor, sizes: Sizes) -> Tensor:
     """Parts of the sum over the batch of a table's gradient, [groups of images, h, N, M].
 
     `delta` [B, h, N] are the means of the softmax weights' gradients.
     """
     table, batch = inputs.table, len(inputs.q)
-    chosen = options(TABLE_GRADIENTS, inputs.q, table, inputs.scale, sizes)
-    steps = OWN_KEYS // KEYS
+    chosen = options(TABLE_GRADIENTS, inputs.q, table, sizes)
+    steps = blocks(min(OWN_KEYS, sizes.num_keys), chosen["BLOCK_M"])
     programs = blocks(sizes.num_queries, chosen["BLOCK_N"])
     programs *= blocks(sizes.num_keys, chosen["BLOCK_M"] * steps)
     groups = _groups(batch, programs * len(table))
     grad_table = table.new_empty(groups, *table.shape)
     launch(
         table_gradients_kernel, (programs, len(table), groups),
-        *inputs, delta, grad_table, batch, blocks(batch, groups), *sizes, STEPS=steps, **chosen,
+        *inputs, delta, grad_table, batch, blocks(batch, groups), *sizes,
+        COSINE=inputs.scale is not None, STEPS=steps, **chosen,
     )  # fmt: skip
     return grad_table
 
@@ -234,22 +273,15 @@ def _sizes(maps: list[Tensor]) -> Sizes:
 
 
 def options(
-    tiles: dict[int, tuple[int, int]],
-    q: Tensor,
-    table: Tensor,
-    scale: Tensor | None,
-    sizes: Sizes,
-    *,
-    keys: int = KEYS,
+    tiles: dict[int, tuple[int, int, int]], q: Tensor, table: Tensor, sizes: Sizes
 ) -> dict[str, Any]:
     """What a kernel is built for: the tiles that registers suffice for, for queries [B, ..., C]."""
     width = q.shape[-1] // len(table)
     wide = padded(width)
-    queries, num_warps = tiles[q.element_size()]
-    queries = max(16, queries * 32 // max(32, wide))
+    queries, keys, num_warps = tiles[q.element_size()]
+    queries = max(16, queries * NARROW // max(NARROW, wide))
     block = min(queries, padded(sizes.num_queries))
     return {
-        "COSINE": scale is not None,
         "WIDTH": width,
         "BLOCK_N": block,
         "BLOCK_M": min(keys, padded(sizes.num_keys)),

@@ -80,15 +80,15 @@ def query_gradients_kernel(
 def attention_gradients_kernel(
     grad, q, k, v, table, embedding, scale, lse, delta, grad_q, grad_k, grad_v, grad_table,
     grad_embedding, grad_scale, batch, images, num_queries, num_keys, q_stride, kv_stride,
-    COSINE: tl.constexpr, WHOLE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and of their values, by all the queries of some images.
 
-    Where the block of keys is `WHOLE`, all there are, gradients of queries and scales [B, h, N] are
-    complete, and written; otherwise `delta` is read. Where `STEPS` is not 0, queries are so many
-    blocks, and the table's gradient [groups of images, h, N, M] stays in registers from image to
-    image. `grad_embedding` [groups of images and blocks of keys, h, d] is to be added up as well.
+    Where `STEPS` is 0, `delta` is read. Otherwise the block of keys is all there are, and queries
+    are so many blocks: gradients of queries and scales [B, h, N] are complete, and written, and the
+    table's [groups of images, h, N, M] stays in registers from image to image. `grad_embedding`
+    [groups of images and blocks of keys, h, d] is to be added up as well.
     """
     head, group, num_heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -120,17 +120,17 @@ def attention_gradients_kernel(
             grads = load_tokens(grads_at, rows, num_queries, width, WIDTH, BLOCK_D)
             grad_values, cosine, grad_logits, factor, inverse = differentiate_by_key(
                 grad_values, queries, grads, keys, values, column, along, table, scale, lse + line,
-                delta + line, rows, columns, num_queries, num_keys, COSINE, WHOLE, STEPS, WIDTH,
+                delta + line, rows, columns, num_queries, num_keys, COSINE, STEPS > 0, WIDTH,
             )  # fmt: skip
             grad_bias = add_at(grad_bias, start // BLOCK_N, grad_logits, STEPS)
-            if COSINE and WHOLE:
+            if COSINE and STEPS > 0:
                 part = tl.sum(grad_logits * cosine, axis=0)
                 tl.store(grad_scale + line + rows, part, mask=rows < num_queries)
             grad_logits = grad_logits * factor[None, :]
             grad_along += tl.sum(grad_logits, axis=1)
             scaled = narrow(grad_logits * inverse[None, :], queries.dtype)
             grad_keys += tl.dot(scaled, queries, input_precision="ieee")
-            if WHOLE:
+            if STEPS > 0:
                 scaled = tl.trans(narrow(grad_logits * column[:, None], keys.dtype))
                 total = tl.dot(scaled, keys, input_precision="ieee")
                 store_query_gradients(
@@ -157,6 +157,82 @@ def attention_gradients_kernel(
         place = ((group * tl.num_programs(0) + tl.program_id(0)) * num_heads + head) * WIDTH
         channels = tl.arange(0, BLOCK_D)
         tl.store(grad_embedding + place + channels, grad_constant, mask=channels < WIDTH)
+
+
+@triton.jit
+def relative_gradients_kernel(
+    grad, q, k, v, table, lse, grad_q, grad_k, grad_v, grad_table, batch, images, num_queries,
+    num_keys, STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All gradients of scaled dot products, by some queries of some images; keys are one block.
+
+    A program owns `STEPS` blocks of queries, and keeps the table's gradient [groups of images, h,
+    N, M] in registers from image to image. Those of keys and values are the parts of these queries,
+    [parts, B, M, 2hd], to be added up. Queries are in a map of their own, keys and values in one.
+    """
+    head, group, num_heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    # Computed here, they are known to be multiples of the width.
+    q_stride = num_heads * WIDTH
+    kv_stride = 2 * q_stride
+    begin = tl.program_id(0) * STEPS * BLOCK_N
+    end = tl.minimum(begin + STEPS * BLOCK_N, num_queries)
+    part = tl.program_id(0).to(tl.int64) * batch * num_keys * kv_stride
+    columns = tl.arange(0, BLOCK_M)
+    factor = WIDTH**-0.5
+    table = table + head.to(tl.int64) * num_queries * num_keys
+    totals = tiles(STEPS, BLOCK_N, BLOCK_M)
+    for turn in tl.range(
+        group * images, tl.minimum((group + 1) * images, batch), disable_licm=True
+    ):
+        image = tl.cast(turn, tl.int64)
+        line = (image * num_heads + head) * num_queries
+        place = image * num_queries * q_stride + head * WIDTH
+        key_place = image * num_keys * kv_stride + head * WIDTH
+        keys = load_tokens(k + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+        values = load_tokens(v + key_place, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+        grad_keys = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        grad_values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for step in tl.range(0, tl.cdiv(end - begin, BLOCK_N), disable_licm=True):
+            rows = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
+            queries = load_tokens(q + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
+            grads = load_tokens(grad + place, rows, num_queries, q_stride, WIDTH, BLOCK_D)
+            bias = load_table(table, rows, columns, num_queries, num_keys)
+            denominator = tl.load(lse + line + rows, mask=rows < num_queries, other=float("inf"))
+            logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor + bias
+            weights = tl.exp(logits - denominator[:, None])
+            spread = tl.trans(weights.to(grads.dtype))
+            grad_values += tl.dot(spread, grads, input_precision="ieee")
+            grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
+            mean = tl.sum(weights * grad_weights, axis=1)
+            grad_logits = weights * (grad_weights - mean[:, None])
+            totals = add_at(totals, step, grad_logits, STEPS)
+            rounded = narrow(grad_logits, queries.dtype)
+            grad_keys += tl.dot(tl.trans(rounded), queries, input_precision="ieee")
+            total = tl.dot(rounded, keys, input_precision="ieee") * factor
+            store_tokens(grad_q + place, total, rows, num_queries, q_stride, WIDTH, BLOCK_D)
+        key_place += part
+        grad_keys *= factor
+        store_tokens(grad_k + key_place, grad_keys, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+        store_tokens(grad_v + key_place, grad_values, columns, num_keys, kv_stride, WIDTH, BLOCK_D)
+
+    grad_table = grad_table + (group * num_heads + head).to(tl.int64) * num_queries * num_keys
+    for step in tl.static_range(STEPS):
+        rows = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (rows < num_queries)[:, None] & (columns < num_keys)[None, :]
+        places = rows[:, None] * num_keys + columns[None, :]
+        tl.store(grad_table + places, totals[step], mask=inside)
+
+
+@triton.jit
+def add_parts_kernel(out, parts, count, size, BLOCK: tl.constexpr):
+    """The sum of so many tensors of a size, one after another in memory, in the dtype of `out`."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for number in range(count):
+        part = parts + tl.cast(number, tl.int64) * size
+        total += tl.load(part + places, mask=places < size, other=0.0)
+    tl.store(out + places, total, mask=places < size)
 
 
 @triton.jit
@@ -219,7 +295,7 @@ def table_gradients_kernel(
 def differentiate_by_key(
     grad_values, queries, grads, keys, values, column, along, table, scale, lse, delta,
     rows, columns, num_queries, num_keys,
-    COSINE: tl.constexpr, WHOLE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+    COSINE: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of values; return these, and, a row for each key, cosines and gradients
     of the logits, and the factors of queries.
@@ -237,8 +313,6 @@ def differentiate_by_key(
     grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
     if WHOLE:
         mean = tl.sum(weights * grad_weights, axis=0)
-        if STEPS == 0:
-            tl.store(delta + rows, mean, mask=there)
     else:
         mean = tl.load(delta + rows, mask=there, other=0.0)
     return grad_values, cosine, weights * (grad_weights - mean[None, :]), factor, inverse
@@ -258,7 +332,10 @@ def add_at(totals, place, value, COUNT: tl.constexpr):
     """Add to one of some tiles in registers, where the place is not known to the compiler."""
     sums = ()
     for i in tl.static_range(COUNT):
-        sums = sums + (totals[i] + tl.where(place == i, value, 0.0),)
+        total = totals[i]
+        if place == i:
+            total += value
+        sums = sums + (total,)
     return sums
 
 

@@ -21,6 +21,8 @@ WARPS = {
     "attention_kernel": 8,
     "query_gradients_kernel": 8,
     "attention_gradients_kernel": 8,
+    "relative_gradients_kernel": 8,
+    "add_parts_kernel": 24,
     "table_gradients_kernel": 8,
     "aggregated_attention_kernel": 8,
     "aggregated_attention_gradients_kernel": 8,
