@@ -77,7 +77,7 @@ pretrain: setup
 # More processes than cores: many tests wait, for jobs, deadlines and what hangs on purpose.
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-	    --numprocesses $$(( ($$(nproc) * 3 + 1) / 2 )) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	    --numprocesses $$(( $$(nproc) * 2 )) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .
