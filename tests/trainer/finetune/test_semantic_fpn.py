@@ -1,6 +1,5 @@
 """Semantic FPN against its description, computed step by step."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
