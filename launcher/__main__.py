@@ -27,7 +27,7 @@ commands:
   preflight         check the nodes of a job, or this machine, before a run
   submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
   runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
-  export RUN        write a finished run as a bundle for another library
+  export RUN        write a model for timm, transformers, ONNX or torch; --verify DIR checks one
   ckpt              list, verify, compare and remove the checkpoints of a run
   data              fetch, pack, index, verify data sets; check, show, bench, doctor what runs see
   replay RUN        make one step of a run again, and name the tensor that went bad
@@ -65,7 +65,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         "preflight": preflight,
         "submit": submit,
         "runs": runs,
-        "export": lambda rest: python_module("trainer.export", rest),
+        "export": lambda rest: python_module("trainer.exports", rest),
         "ckpt": checkpoints,
         "data": data,
         "replay": replay,
