@@ -19,6 +19,9 @@ from data.fetch import fetch_cifar10
 from data.index import known_classes, verify
 from data.pack import FORMATS, pack_folder
 from data.parallel import num_cores
+from data.stamps import fetch_stamps
+
+_SETS = {"cifar10": fetch_cifar10, "stamps": fetch_stamps}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     match options.command:
         case "fetch":
-            fetch_cifar10(options.out or Path("datasets") / options.name)
+            _SETS[options.name](options.out or Path("datasets") / options.name)
         case "pack":
             pack_folder(
                 options.folder,
@@ -77,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="foveate data check, show, bench and doctor RECIPE see data as a run does.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="download a known data set and pack it")
-    fetch.add_argument("name", choices=["cifar10"])
+    fetch = commands.add_parser("fetch", help="download a known data set and make it ready")
+    fetch.add_argument("name", choices=_SETS)
     fetch.add_argument("--out", type=Path, help="folder to fill (default: datasets/NAME)")
     pack = commands.add_parser("pack", help="turn images into shuffled tar shards, or a .beton")
     pack.add_argument(

@@ -36,6 +36,9 @@ class Purpose(IntEnum):
     GRAYSCALE = 20
     GAUSSIAN_BLUR = 21
     SOLARIZE = 22
+    DENSE_VIEW = 30
+    STEP = 31
+    PASTE = 23
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

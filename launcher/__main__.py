@@ -27,6 +27,7 @@ commands:
   preflight         check the nodes of a job, or this machine, before a run
   submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
   runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
+  finetune TASK     classify, probe, detect or segment with pretrained weights
   export RUN        write a model for timm, transformers, ONNX or torch; --verify DIR checks one
   ckpt              list, verify, compare and remove the checkpoints of a run
   data              fetch, pack, index, verify data sets; check, show, bench, doctor what runs see
@@ -65,6 +66,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         "preflight": preflight,
         "submit": submit,
         "runs": runs,
+        "finetune": finetune,
         "export": lambda rest: python_module("trainer.exports", rest),
         "ckpt": checkpoints,
         "data": data,
@@ -140,6 +142,13 @@ def _start(config: RunConfig, *, num_processes: int | None) -> int:
     os.environ["FOVEATE_STARTED"] = f"launcher={born():.2f},folder={time.time():.2f}"
     print(f"{config.recipe} in {run_dir}, {num_processes} processes", flush=True)
     return local.launch(run_dir, num_processes=num_processes)
+
+
+def finetune(arguments: list[str]) -> int:
+    """Put pretrained weights to use."""
+    from . import finetune as tasks
+
+    return tasks.run(arguments, pretrain=pretrain, python=python_module)
 
 
 def preflight(arguments: list[str]) -> int:

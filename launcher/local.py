@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -33,9 +34,15 @@ _FULL = 2**16
 """Bytes left on a disk that is full for all that is worth writing."""
 
 
-def launch(run_dir: Path, *, num_processes: int) -> int:
-    """Run the workers of a run folder to their end and return their exit code."""
-    with Workers(run_dir, num_processes=num_processes) as workers:
+def launch(
+    run_dir: Path,
+    *,
+    num_processes: int,
+    worker: Sequence[str] | None = None,
+    code: Path | None = None,
+) -> int:
+    """Run workers to their end and return their exit code; see `Workers`."""
+    with Workers(run_dir, num_processes=num_processes, worker=worker, code=code) as workers:
         while workers.running(seconds=60.0):
             pass
         return workers.exit_code()
@@ -44,14 +51,25 @@ def launch(run_dir: Path, *, num_processes: int) -> int:
 class Workers:
     """The running workers of a run folder; leaving the context kills those that still run.
 
+    Each is `python WORKER` with the packages in `code` first on its path; by default they train the
+    folder's configuration by its own code.
     Rank 0 prints to this process's stdout. Every rank's log is RUN/logs/rank_00000.log and so on,
     and what torchrun itself has to say is in RUN/logs/launcher.log. `asked` lists the signals that
     have asked for a stop.
     """
 
-    def __init__(self, run_dir: Path, *, num_processes: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_processes: int,
+        worker: Sequence[str] | None = None,
+        code: Path | None = None,
+    ) -> None:
         self.run_dir = run_dir
         self.num_processes = num_processes
+        self.worker = worker or ["-m", "trainer", "--config", str(run_dir / "config.json")]
+        self.code = code or run_dir / "code"
         self.asked: list[signal.Signals] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -59,15 +77,15 @@ class Workers:
         self._starts_before = 0
 
     def __enter__(self) -> Workers:
-        self._log().parent.mkdir(exist_ok=True)
+        self._log().parent.mkdir(parents=True, exist_ok=True)
         failure_file(self.run_dir).unlink(missing_ok=True)
         self._starts_before = manifest.newest_generation(self.run_dir / "checkpoints")
         self._handlers = {n: signal.signal(n, self._forward) for n in stopping_signals()}
         with self._log().open("ab") as log:
             self._log_begin = log.tell()
             self._process = subprocess.Popen(
-                worker_command(self.run_dir, num_processes=self.num_processes),
-                env=worker_environment(self.run_dir / "code", num_processes=self.num_processes),
+                worker_command(self.worker, num_processes=self.num_processes),
+                env=worker_environment(self.code, num_processes=self.num_processes),
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
@@ -199,9 +217,8 @@ def _send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
 
 
-def worker_command(run_dir: Path, *, num_processes: int) -> list[str]:
-    """Return the command that runs the workers of a run folder on this machine."""
-    worker = ["-m", "trainer", "--config", str(run_dir / "config.json")]
+def worker_command(worker: Sequence[str], *, num_processes: int) -> list[str]:
+    """Return the command that runs workers, each `python WORKER`, on this machine."""
     if num_processes == 1:
         return [sys.executable, *worker]
     # Loopback addresses and a port chosen by the store itself: a machine whose host name does not

@@ -26,7 +26,7 @@ OWNERS = {
     "webdataset": ("data/webdataset.py", "data/pack.py"),
     "tensorboard": ("trainer/metrics.py",),
     "accelerate": ("trainer/finetune/",),
-    "transformers": ("trainer/finetune/heads/",),
+    "transformers": ("trainer/finetune/heads/", "trainer/exports/"),
     "torchvision": ("data/fetch.py", "trainer/finetune/"),
     "faster_coco_eval": ("trainer/finetune/coco_metrics.py",),
     "triton": ("models/kernels/",),
@@ -85,10 +85,13 @@ EXCEPTIONS = {
     ("trainer.__main__", "data"),
     ("trainer.backends.wrap", "models.layers"),  # tells BatchNorm that a forward is a second one
     ("trainer.engine", "models.layers"),  # and which part of a step it is
-    ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
-    ("trainer.export", "models.timm_model"),  # and whose code that library has itself
-    ("trainer.export", "models.convert"),  # writes the authors' files
-    ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
+    ("trainer.exports.bundle", "models.transnext"),  # writes its settings as code
+    ("trainer.exports.bundle", "models.timm_model"),  # whose code another library has
+    ("trainer.exports.preprocessing", "models.timm_model"),
+    ("trainer.exports.formats", "models.convert"),  # knows the authors' layouts
+    ("trainer.exports.__main__", "models.convert"),
+    ("trainer.exports.official", "models.convert"),  # writes the authors' files
+    ("trainer.exports.source", "models.fold"),  # leaves out what evaluation can do without
     ("trainer.teacher", "models.convert"),  # reads the weights of any model
     ("trainer.finetune.trunk", "models.transxnet"),  # whose maps detectors normalise
     ("trainer.pretrained", "models.convert"),  # and those of a source

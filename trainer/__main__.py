@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import faulthandler
 import os
 import sys
-import traceback
 from pathlib import Path
 
 from launcher.process import (
-    BAD_NUMERICS,
     REQUEUE,
     STOPPED,
     USER_ERROR,
@@ -32,7 +29,7 @@ from launcher.process import (
 
 from .config import RunConfig, UserError
 
-DONE, BUG = 0, 1
+DONE = 0
 
 
 def main() -> int:
@@ -62,10 +59,7 @@ def main() -> int:
 
 def run(config: RunConfig, process: Process) -> Failure | None:
     """Train; return why it ended before the last step, or None if it did not."""
-    from data.base import DataError
-    from models.base import ModelError
-
-    from .guard import BadNumericsError
+    from .failures import BUG, explain
     from .loop import Trainer
     from .signals import Stop
 
@@ -81,14 +75,11 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         if trainer.signals.stop is Stop.FILE:
             code, go_on = STOPPED, f"remove {stop_file(trainer.run_dir)} to go on"
         message = f"step {trainer.state.step} {done}: {go_on}"
-    except (UserError, DataError, ModelError) as error:
-        code, message = USER_ERROR, str(error)
-    except BadNumericsError as error:
-        code, message = BAD_NUMERICS, str(error)
     except Exception as error:
         code, message = explain(error, config.run_dir)
-        with contextlib.suppress(OSError):  # the log may be on the disk that is full
-            print(message, file=sys.stderr, flush=True)
+        if code == BUG:
+            with contextlib.suppress(OSError):  # the log may be on the disk that is full
+                print(message, file=sys.stderr, flush=True)
     if trainer is not None and not trainer.control.owns_folder():  # whatever it came to notice
         code, message = USER_ERROR, str(trainer.control.fenced())
     return Failure(
@@ -98,13 +89,6 @@ def run(config: RunConfig, process: Process) -> Failure | None:
         node=node_name(),
         generation=None if trainer is None else trainer.control.generation,
     )
-
-
-def explain(error: Exception, run_dir: str) -> tuple[int, str]:
-    """Return exit code and message of an error nobody raised on purpose: a full disk, or a bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return USER_ERROR, f"cannot write to {run_dir}: {error.strerror}; make room and start again"
-    return BUG, traceback.format_exc()
 
 
 def check_origin() -> None:

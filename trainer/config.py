@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from .capabilities import conflicts, world_conflicts
 from .sections import (
@@ -257,7 +257,18 @@ def nearest(name: str, names: Sequence[str], *, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+class Settings(Protocol):
+    """A frozen dataclass, perhaps of dataclasses, that knows what is wrong with its values."""
+
+    def validate(self) -> list[str]:
+        """Return every problem as one sentence that names the setting, its value and a remedy."""
+        ...
+
+
+C = TypeVar("C", bound=Settings)
+
+
+def override(config: C, arguments: Sequence[str]) -> C:
     """Apply command-line overrides such as `--optim.lr 2e-3` and validate the result.
 
     Raises:
@@ -281,7 +292,7 @@ def _is_switch(option: str, names: Sequence[str]) -> bool:
     return name.startswith("no-") and f"{section}{dot}{name[3:]}" in names
 
 
-def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+def _parse(config: C, arguments: Sequence[str]) -> C:
     if not arguments:
         return config
     import tyro  # only needed where somebody typed an override: it costs a third of a second
@@ -289,9 +300,7 @@ def _parse(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                RunConfig, default=config, args=list(arguments), prog="foveate pretrain RECIPE"
-            )
+            return tyro.cli(type(config), default=config, args=list(arguments))
     except SystemExit:
         # tyro draws a box: its second part is the message, the others are a title and hints.
         message = re.split(r"[─-╿]{4,}", said.getvalue())[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from data.base import Batch
 from data.randomness import drop_noise
 from models.layers import micro_batch
 
+from . import manifest
 from .backends.base import Backend, CanonicalState, StepInfo
 from .backends.ddp import DDPBackend
 from .backends.fsdp import FSDPBackend
@@ -24,6 +26,7 @@ from .config import RunConfig
 from .ema import EMA
 from .inputs import make_mixer
 from .precision import autocast
+from .pretrained import begin_from
 from .schedule import Hyper
 from .stragglers import Stragglers
 from .task import Task
@@ -41,7 +44,8 @@ class Engine:
     """The network of `config` on `device`, trained for `task`.
 
     `bare_model` is the network itself, `model` what is called in its place. Raises ModelError where
-    an image side of the run does not fit it.
+    an image side of the run does not fit it, and UserError where it cannot begin from the weights
+    that `config.train.init_from` names.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, task: Task) -> None:
@@ -50,6 +54,9 @@ class Engine:
         self.task = task
         self.mix = make_mixer(config)
         self.bare_model = build_model(config.model, seed=config.train.seed, device=self.device)
+        begun = bool(manifest.checkpoints(Path(config.run_dir) / "checkpoints"))
+        if config.train.init_from is not None and not begun:
+            begin_from(config.train.init_from, self.bare_model)
         for _, side in config.train.image_sides():  # a size that does not fit is an error now
             self.fit(side)
         wrap_blocks(self.bare_model, config.memory)

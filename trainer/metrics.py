@@ -126,10 +126,10 @@ class MetricLogger:
         if self.sinks is not None:
             self.sinks.board.add_text("config", f"```json\n{text}```")
 
-    def images(self, step: int, images: Tensor) -> None:
-        """Show inputs uint8 [N, H, W, 3] in TensorBoard, as a grid."""
+    def images(self, step: int, images: Tensor, *, name: str = "train/inputs") -> None:
+        """Show images uint8 [N, H, W, 3] in TensorBoard, as a grid."""
         if self.sinks is not None:
-            self.sinks.board.add_image("train/inputs", _grid(images), step, dataformats="HWC")
+            self.sinks.board.add_image(name, _grid(images), step, dataformats="HWC")
             self.sinks.board.flush()
 
     def close(self) -> None:

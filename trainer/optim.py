@@ -62,7 +62,7 @@ def parameter_groups(model: Backbone, config: OptimConfig) -> list[ParameterGrou
             "the model has no residual blocks for optim.layer_decay or optim.name muon to go by: "
             "leave layer_decay at 1 and name at adamw"
         )
-    scales = _lr_scales(model, config.layer_decay)
+    scales = lr_scales(model, config.layer_decay)
     matrices = _hidden_matrices(model) if config.name == "muon" else set()
     names: dict[tuple[bool, float, bool], list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def parameter_groups(model: Backbone, config: OptimConfig) -> list[ParameterGrou
     ]
 
 
-def _lr_scales(model: Backbone, decay: float) -> dict[int, float]:
+def lr_scales(model: Backbone, decay: float) -> dict[int, float]:
     """Return a factor on the learning rate for each parameter's id.
 
     It is 1 for the head and falls by `decay` with every residual block towards the stem, which is

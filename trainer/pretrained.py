@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.base import Backbone, ModelError
@@ -49,6 +50,11 @@ class Pretrained:
     weights: str | None = None
     folded: bool = False
     trained: bool = True
+
+    @property
+    def published_drop_path(self) -> float:
+        """The stochastic depth rate of the model's classification recipe; timm's have none."""
+        return MODELS[self.config.name].drop_path if self.config.name in MODELS else 0.0
 
     def backbone(
         self,
@@ -115,7 +121,9 @@ def pretrained(source: str | Path, *, weights: str | None = None) -> Pretrained:
             f"{name} does not exist: give a run folder, a checkpoint, a bundle that foveate export "
             f"wrote, a file of weights, or a model's name (known: {', '.join(MODELS)})"
         )
-    model = build(name, drop_path=0.0).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same on each process and at each start
+        model = build(name, drop_path=0.0).eval()
     return Pretrained(source=name, config=ModelConfig(name=name), model=model, trained=False)
 
 
@@ -151,6 +159,37 @@ def from_run(source: Path, *, weights: str | None = None) -> Pretrained:
         checkpoint=checkpoint,
         weights=weights,
     )
+
+
+def begin_from(source: str, model: Backbone) -> None:
+    """Fill `model` in place with the weights at `source`; its head, too, if classes are as many.
+
+    Raises:
+        UserError: as `pretrained` does, and if the weights are of another model.
+        ModelError: as `pretrained` does.
+    """
+    found = pretrained(source)
+    if not found.trained or found.folded:
+        what = "has folded batch norms" if found.folded else "has learnt nothing"
+        raise UserError(f"train.init_from {source} {what}: give trained weights, not folded")
+    state = found.model.state_dict()
+    expected = dict(model.state_dict())
+    if found.model.num_classes != model.num_classes:
+        head = f"{model.blocks()[-1].name}."
+        fresh = {k: v for k, v in expected.items() if k.startswith(head)}
+        same = {k for k, v in fresh.items() if k in state and state[k].shape == v.shape}
+        state |= {k: v for k, v in fresh.items() if k not in same}
+    differing = sorted(
+        {name for name, value in state.items() if name not in expected}
+        | {k for k, v in expected.items() if k not in state or state[k].shape != v.shape}
+    )
+    if differing:
+        raise UserError(
+            f"train.init_from {source} is of another model than this {type(model).__name__}: "
+            f"{differing[0]} and {len(differing) - 1} more weights differ; take the settings of "
+            "its section model"
+        )
+    model.load_state_dict(state)
 
 
 def run_config(checkpoint: Path) -> RunConfig:

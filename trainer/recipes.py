@@ -8,8 +8,10 @@ where both papers used float16.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from .config import RunConfig, UserError, nearest
@@ -24,6 +26,7 @@ from .sections import (
     OptimConfig,
     TrainConfig,
 )
+from .typed_json import typed
 
 
 def _transnext(size: str, *, drop_path: float, img_size: int = 224) -> RunConfig:
@@ -175,6 +178,66 @@ def demo() -> RunConfig:
     )
 
 
+def classify(source: str) -> RunConfig:
+    """Return TransNeXt's recipe at 384 pixels, 5 epochs on ImageNet-1k, from the weights `source`.
+
+    `source` is a run folder, one of its checkpoints, a bundle that foveate export wrote, or a
+    weight file named after its model. The rate is constant and there is no cutmix; sizes that were
+    not published keep their drop path. TransXNet's recipe at 384 was never published: it gets the
+    same.
+
+    Raises:
+        UserError: if there is nothing of the kind.
+    """
+    model, data = _described(Path(source))
+    size = model.name.removeprefix("transnext_")
+    usual = RECIPES[model.name]().model.drop_path if model.name in RECIPES else model.drop_path
+    on_transnext = model.name.startswith("transnext")
+    return RunConfig(
+        recipe="classify",
+        run_dir=f"runs/{model.name.replace(':', '_')}_384",
+        model=replace(
+            model,
+            img_size=384,
+            pretrain_size=model.pretrain_size or (model.img_size if on_transnext else None),
+            drop_path={"small": 0.7, "base": 0.8}.get(size, usual) if on_transnext else usual,
+        ),
+        data=replace(_imagenet(repeats=3), cutmix=0.0, mean=data.mean, std=data.std),
+        train=TrainConfig(epochs=5, batch_size=1024, init_from=source),
+        optim=OptimConfig(lr=1e-5, min_lr=1e-5, warmup_epochs=0, clip_grad=1.0),
+    )
+
+
+def _described(source: Path) -> tuple[ModelConfig, DataConfig]:
+    """Say what network the weights at `source` are of, and the colours that it is used to."""
+    for folder in (source, source.parent.parent):  # a run, and the run of one of its checkpoints
+        if (folder / "checkpoints").is_dir():
+            run = RunConfig.read(folder / "config.json")
+            return run.model, run.data
+    if source.is_dir():
+        try:
+            content = json.loads((source / "config.json").read_text())
+            (r, g, b), (r_std, g_std, b_std) = (
+                content["pretrained_cfg"][k] for k in ("mean", "std")
+            )
+            colours = DataConfig(mean=(r, g, b), std=(r_std, g_std, b_std))
+            return typed(ModelConfig, content["foveate"]["model"]), colours
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{source} is neither a run, nor a checkpoint, nor a bundle that foveate export "
+                f"wrote ({error!r})"
+            ) from None
+    if not source.exists():
+        raise UserError(f"{source} does not exist: give a run, a bundle or a file of weights")
+    names = [name for name in RECIPES if name in source.name.lower()]
+    if not names:
+        raise UserError(
+            f"{source} does not say which model it is of: name it after its model, such as "
+            f"transnext_base.pth (known: {', '.join(RECIPES)})"
+        )
+    return ModelConfig(name=max(names, key=len)), DataConfig()
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -197,11 +260,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """Return the recipe called `name`.
+    """Return the recipe called `name`; `classify:SOURCE` fine-tunes what is at SOURCE.
 
     Raises:
         UserError: if there is none, with the nearest name.
     """
+    if name.startswith("classify:"):
+        return classify(name.removeprefix("classify:"))
     if name not in RECIPES:
         known = ", ".join(RECIPES)
         raise UserError(f"unknown recipe {name}{nearest(name, list(RECIPES))} (known: {known})")

@@ -136,6 +136,8 @@ class TrainConfig:
     """How drop-path rates rise from 0 at the first step to model.drop_path at the last."""
     progressive: str | None = None
     """Image side by first epoch, such as 0:128,100:176,200:224; unset trains at model.img_size."""
+    init_from: str | None = None
+    """Weights to begin with, for fine-tuning: of a run, checkpoint, bundle or weight file."""
     seed: int = 0
     """Seed of initial weights, order, augmentation and drop path."""
     deterministic: bool = False

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Never, get_args
 
@@ -13,43 +11,9 @@ from models.base import ModelError
 from models.convert import Layout
 
 from ..config import UserError
-from ..pretrained import Pretrained
-from .bundle import write_bundle, write_configuration
-from .card import card
-from .folder import verify, write_folder
-from .graphs import write_onnx, write_program
-from .official import write_official
-from .sample import make_sample
-from .source import fold, load, without_head
-
-_CHECKS = {"onnx": "check_onnx", "torch": "check_torch", "official": "check_official"}
-
-
-def export(source: Pretrained, out: Path, *, form: str, layout: Layout = "classification") -> None:
-    """Write a model in the format `form` to the folder `out`, and verify it.
-
-    Raises:
-        UserError: if `out` is in the way or cannot be written, or what is in it does not verify.
-        ModelError: if the model has no such form.
-    """
-    is_timms = source.config.name.startswith("timm:")
-    if is_timms and form not in ("timm", "onnx", "torch"):
-        raise UserError(f"{source.config.name} is timm's own: export it as timm, onnx or torch")
-    if form == "dense" or (form, layout) == ("official", "dense"):
-        source = without_head(source)
-    writers: dict[str, Callable[[Pretrained, Path], None]] = {
-        "onnx": write_onnx,
-        "torch": write_program,
-        "official": partial(write_official, layout=layout),
-    }
-
-    def write(folder: Path) -> None:
-        writers.get(form, write_bundle)(source, folder)
-        write_configuration(source, folder)
-        (folder / "README.md").write_text(card(source, form=form))
-
-    check = f"trainer.exports.{_CHECKS.get(form, 'check_bundle')}"
-    write_folder(out, write, check=check, sample=make_sample(source))
+from .folder import verify
+from .formats import FORMATS, export
+from .source import fold, load
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", type=Path, nargs="?", help="a run, a checkpoint, or a file of the authors'")
     add(
         "--format",
-        choices=["timm", "transformers", "dense", "onnx", "torch", "official"],
+        choices=FORMATS,
         help="what loads it; timm and transformers are one folder, dense is that without the head",
     )
     add("--out", type=Path, help="the folder to write")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from trainer.exports.check import HERE, agree, cases, without_foveate
@@ -12,7 +10,7 @@ from trainer.exports.check import HERE, agree, cases, without_foveate
 def main() -> None:
     """End in what is wrong."""
     without_foveate()
-    import foveate_model
+    import foveate_model  # type: ignore[import-not-found]
 
     (weights,) = torch.load(HERE / "model.pth", weights_only=True).values()
     model = foveate_model.build_model().eval()
@@ -31,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

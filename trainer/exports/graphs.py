@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from models.transnext import TransNeXt
-
 from ..pretrained import Pretrained
 from .sample import Outputs, sample_images
 
@@ -41,7 +39,8 @@ def write_onnx(source: Pretrained, out: Path) -> None:
 
 def _takes_any_size(source: Pretrained) -> bool:
     """Whether the sizes of images can be left open: pooling to fixed grids depends on them."""
-    return isinstance(source.model, TransNeXt) and source.config.fixed_pool_size is None
+    is_transnext = source.config.name.startswith("transnext")
+    return is_transnext and source.config.fixed_pool_size is None
 
 
 def _traced(source: Pretrained, *, any_size: bool) -> ExportedProgram:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Backbone
-from models.timm_model import TimmModel
 
 from ..pretrained import Pretrained
 
@@ -27,8 +26,8 @@ class Outputs(nn.Module):
 
 
 def output_names(model: Backbone) -> tuple[str, ...]:
-    """Name what a model gives; of timm's networks the logits alone, whose maps differ in kind."""
-    maps = () if isinstance(model, TimmModel) else ("map1", "map2", "map3", "map4")
+    """Name what a model gives; of timm's networks, which have no four maps, the logits alone."""
+    maps = ("map1", "map2", "map3", "map4") if len(model.feature_info) == 4 else ()
     return (*(("logits",) if model.num_classes else ()), *maps)
 
 
@@ -40,7 +39,7 @@ def make_sample(source: Pretrained) -> dict[str, Tensor]:
     model = source.model
     height, width = model.size
     sample = _case(model, sample_images((height, width)))
-    if not isinstance(model, TimmModel):
+    if "map1" in output_names(model):
         other = (height * 3 // 2, width * 5 // 4)
         model.reset_buffers(other)
         case = _case(model, sample_images(other)[:1])

@@ -1,5 +1,7 @@
 """What transformers expects of a model, put around a backbone; its source goes into bundles."""
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from models.base import Backbone
 
 
-class FoveateConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+class FoveateConfig(BackboneConfigMixin, PreTrainedConfig):
     """Says which of the four maps are wanted, all by default, and how many classes there are."""
 
     model_type = "foveate"
@@ -37,7 +39,7 @@ class FoveateConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc
         super().__post_init__(**kwargs)
 
 
-class FoveatePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class FoveatePreTrainedModel(PreTrainedModel):
     """Holds the network as `net`; images may have any size."""
 
     config_class = FoveateConfig
@@ -64,18 +66,24 @@ class FoveatePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return self.net.forward_features(images)
 
 
-class FoveateBackbone(BackboneMixin, FoveatePreTrainedModel):  # type: ignore[misc]
+class FoveateBackbone(BackboneMixin, FoveatePreTrainedModel):
     """The trunk: `feature_maps` [B, C_i, H_i, W_i] of the stages that the configuration names."""
 
     has_attentions = False
-    _keys_to_ignore_on_load_unexpected = (r"^(net\.)?head\.", r"^(net\.)?classifier\.2\.")
+    # The head, which is not here.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(net\.)?head\.",
+        r"^(net\.)?classifier\.2\.",
+    ]
 
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
         self._adopt(build_model(num_classes=0))
         self.num_features = [info["num_chs"] for info in self.net.feature_info]
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:
+    def forward(  # type: ignore[override]  # takes transformers' options all the same
+        self, pixel_values: Tensor, **_: Any
+    ) -> BackboneOutput:
         """Return the maps of normalised images [B, 3, H, W]."""
         maps = self._maps(pixel_values)
         return BackboneOutput(feature_maps=tuple(maps[i] for i in self.config.out_indices))

@@ -6,6 +6,11 @@ from torch import Tensor, nn
 
 from models.base import Backbone, ModelError
 from models.transxnet import TransXNet
+from trainer.backends.wrap import wrap_blocks
+from trainer.pretrained import Pretrained
+from trainer.sections import MemoryConfig
+
+from .settings import ModelSettings
 
 
 class Trunk(nn.Module):
@@ -44,3 +49,20 @@ class Trunk(nn.Module):
             self.backbone.reset_buffers(size)
         maps = self.backbone.forward_features(images)
         return [norm(one) for norm, one in zip(self.norms, maps, strict=True)]
+
+
+def make_trunk(source: Pretrained, settings: ModelSettings) -> Trunk:
+    """Return the trunk of a dense fine-tuning, with the weights of `source`.
+
+    Raises:
+        UserError, ModelError: if it cannot be trained on, or not with these settings.
+    """
+    transnext = source.config.name.startswith("transnext")
+    backbone = source.backbone(
+        img_size=settings.img_size,
+        num_classes=0,
+        drop_path=settings.drop_path,
+        position_mode=settings.position_mode if transnext else None,
+    )
+    wrap_blocks(backbone, MemoryConfig(checkpointing=settings.checkpointing))
+    return Trunk(backbone)
