@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 from launcher.process import (
     REQUEUE,
@@ -29,10 +29,10 @@ from trainer.failures import BUG, explain
 from trainer.pretrained import pretrained
 from trainer.signals import Stop
 
-from . import detect
-from .loop import FineTuning
+from . import detect, segment
+from .loop import FineTuning, Task
 from .probe import ProbeSettings, probe
-from .settings import keep_settings
+from .settings import DenseSettings, keep_settings
 
 
 def main() -> int:
@@ -62,7 +62,11 @@ def _print_settings(task: str) -> None:
     """Print every setting of a task; defaults that depend on the head are those of most."""
     import tyro
 
-    kind = {"probe": ProbeSettings, "detect": detect.DetectSettings}[task]
+    kind: Any = {
+        "probe": ProbeSettings,
+        "detect": detect.DetectSettings,
+        "segment": segment.SegmentSettings,
+    }[task]
     with contextlib.suppress(SystemExit):
         tyro.cli(kind, args=["--help"], prog=f"foveate finetune {task} [--nproc N]")
 
@@ -75,7 +79,7 @@ def run(task: str, arguments: list[str], folder: Path, process: Process) -> Fail
         if task == "probe":
             _probe(arguments, process)
             return None
-        tuning = prepare(arguments, process)
+        tuning = prepare(task, arguments, process)
         if tuning.run():
             return None
         code, go_on = REQUEUE, "start the same command again to go on"
@@ -101,19 +105,26 @@ def _probe(arguments: list[str], process: Process) -> None:
     probe(settings, pretrained(settings.backbone), process)
 
 
-def prepare(arguments: list[str], process: Process) -> FineTuning:
+def prepare(task: str, arguments: list[str], process: Process) -> FineTuning:
     """Return the fine-tuning that a command line asks for.
 
     Raises:
         UserError, DataError, ModelError: if it asks for what there is not.
     """
     parser = _Parser()
-    parser.add_argument("--head", choices=list(detect.HEADS), required=True)
+    heads = detect.HEADS if task == "detect" else segment.HEADS
+    parser.add_argument("--head", choices=heads, required=True)
     named, rest = _parse(arguments, parser)
     source = pretrained(named.backbone)
-    settings = override(detect.recipe(named.head, source, out=named.out), rest)
+    work: Task
+    settings: DenseSettings
+    if task == "detect":
+        settings = override(detect.recipe(named.head, source, out=named.out), rest)
+        work = detect.Detection(settings, source)
+    else:
+        settings = override(segment.recipe(named.head, source, out=named.out), rest)
+        work = segment.Segmentation(settings, source)
     settings.share(process.world_size)
-    work = detect.Detection(settings, source)
     if process.rank == 0:
         keep_settings(settings)
     return FineTuning(work, settings, process)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from trainer.config import UserError
 from trainer.group import gather
@@ -18,13 +19,22 @@ from .coco_data import CocoSplit, Target
 from .coco_metrics import average_precision, detections
 from .detection_views import DetectionViews
 from .draw_boxes import side_by_side
+from .heads.dino.config import DinoConfig
+from .heads.dino.model import Dino
 from .heads.pyramid_detectors import SIZES, OneStage, TwoStage
 from .loop import to_device
 from .settings import DenseSettings, ModelSettings, OptimSettings, TrainSettings
 from .trunk import make_trunk
 
-Head = Literal["mask_rcnn", "retinanet"]
-HEADS: dict[str, type[TwoStage | OneStage]] = {"mask_rcnn": TwoStage, "retinanet": OneStage}
+Head = Literal["mask_rcnn", "retinanet", "dino"]
+HEADS: tuple[Head, ...] = ("mask_rcnn", "retinanet", "dino")
+_DETR_SCALES = tuple(range(480, 801, 32))
+DINO_SIZES = {
+    "published": DinoConfig(),
+    "small": DinoConfig(
+        width=64, hidden=128, heads=4, encoder_layers=2, decoder_layers=3, queries=60, denoising=20
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,8 @@ class DetectSettings(DenseSettings):
 
     head: Head
     """The detector."""
+    num_scales: Literal[4, 5] = 4
+    """Maps that DINO looks at: of stages 2 to 4, or all, and a smaller one."""
     data: DetectionData = field(default_factory=DetectionData)
 
     def _problems(self) -> Iterator[str]:
@@ -64,24 +76,33 @@ class DetectSettings(DenseSettings):
 
 # Drop path of the sizes tiny (T), small (S) and base (B), as published for each head.
 _TRANSNEXT_DROP_PATH = {"tiny": 0.4, "small": 0.6, "base": 0.7}
+_TRANSNEXT_DINO_DROP_PATH = {"tiny": 0.3, "small": 0.5, "base": 0.6}
 _TRANSXNET_DROP_PATH = {"t": 0.1, "s": 0.2, "b": 0.3}
 
 
 def recipe(head: Head, source: Pretrained, *, out: str) -> DetectSettings:
     """Return the published settings of a head on a backbone: 12 epochs of COCO ("1×").
 
-    Both papers train Mask R-CNN so, TransXNet's RetinaNet too. Sizes that were not published keep
-    the drop path of their classification recipe.
+    Mask R-CNN is both papers', RetinaNet TransXNet's, DINO TransNeXt's; the other family gets the
+    same. Sizes that were not published keep the drop path of their classification recipe.
     """
     family, _, size = source.config.name.partition("_")
-    rates = _TRANSXNET_DROP_PATH if family == "transxnet" else _TRANSNEXT_DROP_PATH
+    rates = _TRANSNEXT_DINO_DROP_PATH if head == "dino" else _TRANSNEXT_DROP_PATH
+    rates = _TRANSXNET_DROP_PATH if family == "transxnet" else rates
+    data, optim = DetectionData(), OptimSettings()
+    if head == "retinanet":
+        optim = OptimSettings(weight_decay=1e-4)
+    if head == "dino":
+        data = DetectionData(scales=_DETR_SCALES, crop=True)
+        optim = OptimSettings(backbone_lr=0.1, milestones=(11 / 12,), warmup_steps=0, clip_grad=0.1)
     return DetectSettings(
         head=head,
         backbone=source.source,
         out=out,
         model=ModelSettings(drop_path=rates.get(size, source.published_drop_path)),
-        optim=OptimSettings(weight_decay=1e-4 if head == "retinanet" else 0.05),
+        optim=optim,
         train=TrainSettings(epochs=12, batch_size=16),
+        data=data,
     )
 
 
@@ -97,19 +118,10 @@ class Detection:
                 f"{train.labels} and {self.val.labels} have other categories: use splits of one set"
             )
         self.classes = train.classes
-        head = HEADS[settings.head]
+        self.has_masks = settings.head == "mask_rcnn"
         self.name = f"{settings.head} on {source.config.name}, {len(self.classes)} classes"
         torch.manual_seed(settings.train.seed)
-        self.model: nn.Module = head(
-            make_trunk(source, settings.model),
-            num_classes=len(self.classes),
-            mean=source.mean,
-            std=source.std,
-            side=max(data.scales),
-            longest=data.longest,
-            size=SIZES[settings.model.head_size],
-        )
-        self.has_masks = head.has_masks
+        self.model = _detector(settings, source, num_classes=len(self.classes))
         self.samples = DetectionViews(
             train,
             scales=data.scales,
@@ -151,4 +163,39 @@ class Detection:
         device = next(model.parameters()).device
         image = self.val.image(index).as_subclass(Tensor).to(device) / 255
         found: dict[str, Tensor] = model([image])[0]
+        return found
+
+
+def _detector(settings: DetectSettings, source: Pretrained, *, num_classes: int) -> nn.Module:
+    """Return the head of the settings on its trunk, as published or small."""
+    trunk, size, data = make_trunk(source, settings.model), settings.model.head_size, settings.data
+    if settings.head == "dino":
+        dino = Dino(
+            trunk, num_classes=num_classes, num_scales=settings.num_scales, mean=source.mean,
+            std=source.std, config=DINO_SIZES[size],
+        )  # fmt: skip
+        return AtOneSize(dino, side=max(data.scales), longest=data.longest)
+    return (TwoStage if settings.head == "mask_rcnn" else OneStage)(
+        trunk, num_classes=num_classes, mean=source.mean, std=source.std, side=max(data.scales),
+        longest=data.longest, size=SIZES[size],
+    )  # fmt: skip
+
+
+class AtOneSize(nn.Module):
+    """A detector whose pictures are resized in evaluation, as torchvision's do by themselves."""
+
+    def __init__(self, detector: nn.Module, *, side: int, longest: int) -> None:
+        super().__init__()
+        self.detector = detector
+        self.side, self.longest = side, longest
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
+        """Return losses of images as they are, or detections in their own pixels."""
+        if targets is not None:
+            return self.detector(images, targets)
+        seen = [v2.functional.resize(i, [self.side], max_size=self.longest) for i in images]
+        found = self.detector(seen)
+        for one, image, small in zip(found, images, seen, strict=True):
+            height, width = (a / b for a, b in zip(image.shape[1:], small.shape[1:], strict=True))
+            one["boxes"] = one["boxes"] * one["boxes"].new_tensor((width, height, width, height))
         return found

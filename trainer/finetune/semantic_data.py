@@ -1,8 +1,6 @@
 """Folders of pictures whose pixels have classes, and datasets over them.
 
-A label picture holds a class index for each pixel. Invariant: what a training sample looks like is
-a function of (seed, epoch, index) alone, so that a run may go on anywhere, with any number of
-processes and workers.
+A label picture holds a class index for each pixel.
 """
 
 from __future__ import annotations
@@ -17,16 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from data.randomness import Purpose, stream_keys
 
 from ..config import UserError
 from .heads.semantic import IGNORED
 from .semantic_augment import Augmentation, augment
-
-Sample = tuple[Tensor, Tensor, str]
-"""A uint8 image [3, H, W], its int64 labels [H, W] and its name."""
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
@@ -126,43 +118,24 @@ def index_folder(images: Path, labels: Path, classes: Path) -> SemanticFolder:
     return SemanticFolder(pictures=_matched(images, labels), classes=_read_classes(classes))
 
 
-class TrainingPictures(Dataset[Sample]):
-    """Augmented crops, by (epoch, index): a sampler says which, and has no other state to keep."""
+class SemanticViews:
+    """The training samples of a folder: augmented crops, float32 [3, H, W] in 0..1, and labels.
 
-    def __init__(self, folder: SemanticFolder, augmentation: Augmentation, *, seed: int) -> None:
+    What is drawn comes from torch's generator.
+    """
+
+    def __init__(self, folder: SemanticFolder, augmentation: Augmentation) -> None:
         self.folder = folder
         self.augmentation = augmentation
-        self.seed = seed
-
-    def __len__(self) -> int:
-        """Return the number of pictures, each of which an epoch has once."""
-        return len(self.folder.pictures)
-
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Return the picture `place` = (epoch, index) of the folder, as that epoch sees it."""
-        epoch, index = place
-        image, labels = self.folder.read(index)
-        key = int(stream_keys(self.seed, epoch, [index], Purpose.CROP)[0])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key >> 1)  # a seed has 63 bits
-            image, labels = augment(image, labels, self.augmentation)
-        return image, labels.long(), self.folder.pictures[index].name
-
-
-class ValidationPictures(Dataset[Sample]):
-    """Whole pictures, by index, as they are in the folder."""
-
-    def __init__(self, folder: SemanticFolder) -> None:
-        self.folder = folder
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.folder.pictures)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return the picture `index` of the folder."""
-        image, labels = self.folder.read(index)
-        return image, labels.long(), self.folder.pictures[index].name
+    def view(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return picture `index` and its labels, int64 [H, W], as torch's generator has it seen."""
+        image, labels = augment(*self.folder.read(index), self.augmentation)
+        return image.float() / 255, labels.long()
 
 
 def _matched(images: Path, labels: Path) -> tuple[LabelledPicture, ...]:

@@ -36,7 +36,7 @@ def shaken(model, *, scale=0.05):
     return model
 
 
-def picture(seed, size=64):
+def picture(seed, size=48):
     """One to three squares, red, green or blue by their label, on grey."""
     generator = torch.Generator().manual_seed(seed)
 

