@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from ..pretrained import Pretrained
-from .sample import Outputs, sample_images
+from .sample import Outputs, output_names, sample_images
 
 MAX_BATCH = 2**16
 
@@ -25,11 +25,22 @@ def write_onnx(source: Pretrained, out: Path) -> None:
 
     Weights beyond the 2 GB that the format takes are in a file beside it.
     """
-    program = _traced(source, any_size=_takes_any_size(source))
+    any_size = _takes_any_size(source)
+    program = _traced(source, any_size=any_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
         # Runtimes optimise graphs when they load them, and faster.
-        graph = torch.onnx.export(program, (), dynamo=True, optimize=False, verbose=False)
+        graph = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=output_names(source.model),
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},)
+            if any_size
+            else ({0: "batch"},),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert graph is not None
     num_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in program.state_dict.values()

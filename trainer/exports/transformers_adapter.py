@@ -70,11 +70,8 @@ class FoveateBackbone(BackboneMixin, FoveatePreTrainedModel):
     """The trunk: `feature_maps` [B, C_i, H_i, W_i] of the stages that the configuration names."""
 
     has_attentions = False
-    # The head, which is not here.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^(net\.)?head\.",
-        r"^(net\.)?classifier\.2\.",
-    ]
+    # Weights of the head, which is not here.
+    _keys_to_ignore_on_load_unexpected = [r"^(net\.)?(head|classifier\.2)\."]  # noqa: RUF012
 
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
