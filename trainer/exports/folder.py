@@ -59,6 +59,8 @@ def write_folder(
 
 def _seal(folder: Path) -> None:
     """Write the hash of every file, so that damage shows before anything is run."""
+    for path in folder.iterdir():  # safetensors are written for their owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
     files = sorted(path for path in folder.iterdir() if path.name != _CARD)
     lines = [f"{manifest.describe(path).sha256}  {path.name}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
@@ -96,8 +98,8 @@ def _check_sums(folder: Path) -> None:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
 
 
-def run_check(folder: Path) -> str | None:
-    """Run a folder's verify.py in a fresh process; return what is wrong, or None.
+def run_check(folder: Path, *, python: str = sys.executable) -> str | None:
+    """Run a folder's verify.py in a fresh process of `python`; return what is wrong, or None.
 
     The process finds what this one finds, a torch by PYTHONPATH for one, but for Foveate: this
     code's folder is taken out, and verify.py blocks its packages wherever else they are.
@@ -105,7 +107,7 @@ def run_check(folder: Path) -> str | None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join(path for path in paths if path and Path(path).resolve() != HOME)
     done = subprocess.run(
-        [sys.executable, "-P", "-B", str(folder / CHECK)],
+        [python, "-P", "-B", str(folder / CHECK)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

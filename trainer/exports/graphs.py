@@ -17,7 +17,11 @@ MAX_BATCH = 2**16
 
 def write_program(source: Pretrained, out: Path) -> None:
     """Write model.pt2, a program for batches of any size."""
-    torch.export.save(_traced(source, any_size=False), out / "model.pt2")
+    program = _traced(source, any_size=False)
+    for node in program.graph.nodes:
+        for place in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            node.meta.pop(place, None)  # which line of ours it comes from
+    torch.export.save(program, out / "model.pt2")
 
 
 def write_onnx(source: Pretrained, out: Path) -> None:
@@ -42,6 +46,8 @@ def write_onnx(source: Pretrained, out: Path) -> None:
             verbose=False,
         )
     assert graph is not None
+    for node in graph.model.graph:
+        node.metadata_props.clear()  # which line of ours it comes from, several times its size
     num_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in program.state_dict.values()
     )
