@@ -91,7 +91,8 @@ def test_a_timm_teacher_sees_its_own_colours(tmp_path):
 def bundle(folder, config, *, folded=False):
     """Export a fresh model as if a run had trained it; return it."""
     model = build(config.name, img_size=config.img_size, num_classes=10, drop_path=0.0).eval()
-    source = Pretrained(source="a test", config=config, model=model)
+    data = recipe("demo").data
+    source = Pretrained(source="a test", config=config, model=model, mean=data.mean, std=data.std)
     with mock.patch("trainer.exports.folder.run_check", return_value=None):  # its own tests do
         export(fold(source) if folded else source, folder, form="timm")
     return model

@@ -103,7 +103,7 @@ def model_source(source: Pretrained) -> str:
             joined([*modules, "trainer.exports.own_model"]),
             f'SETTINGS = {{"config": {own!r}, **{settings!r}}}',
             f"OWN = OwnModel({family}, SETTINGS, {finish})",
-            "build_model, load_model = OWN.build, OWN.load\n",
+            "build_model = OWN.build\nload_model = OWN.load\n",
         )
     )
 

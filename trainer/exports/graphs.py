@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from ..pretrained import Pretrained
 from .sample import Outputs, output_names, sample_images
@@ -18,9 +19,9 @@ MAX_BATCH = 2**16
 def write_program(source: Pretrained, out: Path) -> None:
     """Write model.pt2, a program for batches of any size."""
     program = _traced(source, any_size=False)
-    for node in program.graph.nodes:
-        for place in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            node.meta.pop(place, None)  # which line of ours it comes from
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # which line of ours it comes from
     torch.export.save(program, out / "model.pt2")
 
 
