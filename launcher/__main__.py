@@ -28,6 +28,7 @@ commands:
   submit RECIPE     train it on a Slurm cluster: one job, a chain of them or a sweep
   runs [FOLDER]     list the runs below a folder (default: runs) and how they stand
   finetune TASK     classify, probe, detect or segment with pretrained weights
+  export RUN        write a model for timm, transformers, ONNX or torch; --verify DIR checks one
   export RUN        write a finished run as a bundle for another library
   evaluate SOURCE   measure weights on ImageNet, its V2, A, R, Sketch, C and ReaL, or your images
   explain IMAGE     draw what a network sees: receptive fields and where it attends
@@ -69,7 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         "submit": submit,
         "runs": runs,
         "finetune": finetune,
-        "export": lambda rest: python_module("trainer.export", rest),
+        "export": lambda rest: python_module("trainer.exports", rest),
         "evaluate": lambda rest: python_module("trainer.evaluation", rest),
         "explain": lambda rest: python_module("trainer.explain", rest),
         "ckpt": checkpoints,

@@ -161,8 +161,13 @@ def keep_scale(noise: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def stage_grids(size: tuple[int, int], *, stem_stride: int) -> list[tuple[int, int]]:
-    """The four stage grids of an input of `size`: each convolution rounds its grid up."""
-    grids = [(-(-size[0] // stem_stride), -(-size[1] // stem_stride))]
-    for _ in range(3):
-        grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))
+    """The four stage grids of an input of `size`: each convolution rounds its grid up.
+
+    Written as convolutions say it, so that sizes which are symbols are seen to be theirs.
+    """
+    height, width = size
+    grids = []
+    for stride in (stem_stride, 2, 2, 2):
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        grids.append((height, width))
     return grids

@@ -58,7 +58,7 @@ def save_official(model: Backbone, path: str | Path, *, layout: Layout = "classi
     """
     state = official_state(model, layout=layout)
     bare = isinstance(model, TransNeXt) and layout == "classification"
-    content = {"model" if bare else "state_dict": {k: v.cpu().clone() for k, v in state.items()}}
+    content = {"model" if bare else "state_dict": {k: v.cpu() for k, v in state.items()}}
     try:
         torch.save(content, path)
     except (OSError, RuntimeError) as error:  # torch reports a missing folder as the latter

@@ -5,12 +5,13 @@ they build on the meta device and no cast of the model can blur them.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .base import ModelError
+from .kernels.exported import bin_edges
 
 Pair = tuple[int, int]
 BUFFERS = ("rows", "columns", "pairs", "key_count", "outside")
@@ -66,7 +67,8 @@ def stage_plan(
         if sr_ratio == 1:
             return grid
         if fixed_pool_size is None:
-            return max(1, grid[0] // sr_ratio), max(1, grid[1] // sr_ratio)
+            rows, columns = (torch.sym_max(1, side // sr_ratio) for side in grid)
+            return cast(int, rows), cast(int, columns)
         if not 1 <= fixed_pool_size <= min(grid):
             raise ModelError(
                 f"fixed_pool_size is {fixed_pool_size}, but a stage has {grid[0]}x{grid[1]} "
@@ -83,18 +85,20 @@ def _log_offset(doubled: Tensor, span: int) -> Tensor:
     return delta.sign() * (1 + delta.abs()).log2() / 3
 
 
-def _axis_offsets(size: int, bins: int) -> tuple[list[int], list[list[int]]]:
+def _axis_offsets(size: int, bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Distinct doubled offsets of `size` queries from the centres of `bins` pooling bins.
 
-    Returns the sorted offsets and, for each query and bin, the place of theirs among them.
+    Returns the sorted offsets [R] and, for each query and bin, the place of theirs among them
+    [size, bins]. Bins of equal size have centres of one parity, so that every other offset is
+    enough.
     """
-    centres = [bin * size // bins + -(-(bin + 1) * size // bins) - 1 for bin in range(bins)]
-    step = math.gcd(2, *(centre - centres[0] for centre in centres))
-    lowest = -centres[-1]
-    offsets = list(range(lowest, 2 * size - 1 - centres[0], step))
-    return offsets, [
-        [(2 * query - centre - lowest) // step for centre in centres] for query in range(size)
-    ]
+    start, end = bin_edges(size, bins, device)
+    centres = start + end - 1
+    reach = size - 1 + (bins - 1) * size // bins  # from the last query to the first centre
+    step = cast(int, 2 - torch.sym_min(1, size % bins))
+    offsets = torch.arange(2 * reach // step + 1, device=device) * step - reach
+    places = (2 * torch.arange(size, device=device)[:, None] - centres + reach) // step
+    return offsets, places
 
 
 def _visible_keys(grid: Pair, device: torch.device) -> Tensor:
@@ -110,16 +114,15 @@ def _visible_keys(grid: Pair, device: torch.device) -> Tensor:
 
 def stage_geometry(plan: StagePlan, *, device: torch.device) -> Geometry:
     """Compute the geometry of a stage on `device`, which may be meta."""
-    rows, row_places = _axis_offsets(plan.bias_grid[0], plan.bias_pool[0])
-    columns, column_places = _axis_offsets(plan.bias_grid[1], plan.bias_pool[1])
-    by_row = torch.tensor(row_places, device=device)[:, None, :, None]
-    by_column = torch.tensor(column_places, device=device)[None, :, None, :]
+    rows, row_places = _axis_offsets(plan.bias_grid[0], plan.bias_pool[0], device)
+    columns, column_places = _axis_offsets(plan.bias_grid[1], plan.bias_pool[1], device)
+    by_row, by_column = row_places[:, None, :, None], column_places[None, :, None, :]
     visible = _visible_keys(plan.grid, device)
     return Geometry(
         plan=plan,
-        rows=torch.tensor(rows, device=device),
-        columns=torch.tensor(columns, device=device),
-        pairs=(by_row * len(columns) + by_column).flatten(),
+        rows=rows,
+        columns=columns,
+        pairs=(by_row * columns.shape[0] + by_column).flatten(),
         key_count=visible.sum(dim=1) * plan.windowed + math.prod(plan.pool),
         outside=~visible,
     )

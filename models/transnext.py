@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .base import Backbone, Block, ModelError, drop_path_rates, stage_grids
 from .geometry import BUFFERS, Geometry, Pair, StagePlan, stage_geometry, stage_plan
 from .kernels import aggregated_attention, conv_glu, cosine_attention, pooled_gelu
+from .kernels.choice import exporting
 from .layers import Conv, Depthwise, Pointwise, add_branch
 from .position import PositionBias
 
@@ -274,11 +275,13 @@ class TransNeXt(Backbone):
 
     def stages(self, x: Tensor, drop_noise: Tensor | None) -> list[Tensor]:
         """The outputs [B, C, H, W] of norm1 to norm4."""
+        size = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1)
         keep = self._keep(drop_noise)
         outputs, depth = [], 0
         for stage in range(1, 5):
-            geometry = self.geometry(stage)
+            # In a graph for other runtimes, of images whose size may be known only there.
+            geometry = self._geometry_at(size, stage) if exporting() else self.geometry(stage)
             x = self.get_submodule(f"patch_embed{stage}")(x)
             for block in self.get_submodule(f"block{stage}").children():
                 x = block(x, geometry, None if keep is None else keep[depth])
@@ -309,8 +312,8 @@ class TransNeXt(Backbone):
         """Fit the geometry of every stage to inputs of `size`; see `Backbone.reset_buffers`."""
         self._plans = [self._plan(stage, size) for stage in range(4)]
         self.size = size
-        for stage, plan in enumerate(self._plans, start=1):
-            geometry = stage_geometry(plan, device=self.device)
+        for stage in range(1, 5):
+            geometry = self._geometry_at(size, stage)
             for name in BUFFERS:
                 self.register_buffer(f"{name}{stage}", getattr(geometry, name), persistent=False)
 
@@ -318,6 +321,9 @@ class TransNeXt(Backbone):
         """The geometry of stage 1 to 4 at the current size."""
         tensors = (self.get_buffer(f"{name}{stage}") for name in BUFFERS)
         return Geometry(self._plans[stage - 1], *tensors)
+
+    def _geometry_at(self, size: Pair, stage: int) -> Geometry:
+        return stage_geometry(self._plan(stage - 1, size), device=self.device)
 
     def _plan(self, stage: int, size: Pair) -> StagePlan:
         stride = self.config.stem_stride

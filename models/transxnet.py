@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Backbone, Block, drop_path_rates, stage_grids
-from .kernels import dynamic_conv, relative_attention
+from .kernels import adaptive_pool, dynamic_conv, relative_attention
 from .kernels.eager import widen
 from .layers import (
     BatchNorm,
@@ -106,7 +106,7 @@ class DynamicConv(nn.Module):
     def _mixture(self, x: Tensor, *, side: int) -> Tensor:
         """The share of each group at each kernel cell, [B, side, side, G, c], at least float32."""
         reduce, expand = self.proj
-        pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+        pooled = adaptive_pool(x, (side, side))
         logits: Tensor = expand(F.gelu(reduce(pooled)))
         return widen(logits.view(*logits.shape[:3], *self.bias.shape)).softmax(dim=-2)
 

@@ -26,7 +26,7 @@ OWNERS = {
     "webdataset": ("data/webdataset.py", "data/pack.py"),
     "tensorboard": ("trainer/metrics.py",),
     "accelerate": ("trainer/finetune/",),
-    "transformers": ("trainer/finetune/heads/",),
+    "transformers": ("trainer/finetune/heads/", "trainer/exports/"),
     "torchvision": ("data/fetch.py", "trainer/finetune/"),
     "faster_coco_eval": ("trainer/finetune/coco_",),
     "triton": ("models/kernels/",),
@@ -59,7 +59,7 @@ def _is_private(module: str) -> bool:
     return any(re.match(r"_[^_]", part) for part in module.split("."))
 
 
-BUNDLE = "foveate_model"  # the module inside an exported bundle, which its check imports
+BUNDLE = ("foveate_model", "foveate_timm")  # inside an exported bundle: its check imports them
 MODULES = {_module(path) for path in FILES}
 
 
@@ -86,10 +86,13 @@ EXCEPTIONS = {
     ("trainer.__main__", "data"),
     ("trainer.backends.wrap", "models.layers"),  # tells BatchNorm that a forward is a second one
     ("trainer.engine", "models.layers"),  # and which part of a step it is
-    ("trainer.export", "models.transnext"),  # writes its settings in another library's terms
-    ("trainer.export", "models.timm_model"),  # and whose code that library has itself
-    ("trainer.export", "models.convert"),  # writes the authors' files
-    ("trainer.export", "models.fold"),  # and leaves out what evaluation can do without
+    ("trainer.exports.bundle", "models.transnext"),  # writes its settings as code
+    ("trainer.exports.bundle", "models.timm_model"),  # whose code another library has
+    ("trainer.exports.preprocessing", "models.timm_model"),
+    ("trainer.exports.formats", "models.convert"),  # knows the authors' layouts
+    ("trainer.exports.__main__", "models.convert"),
+    ("trainer.exports.official", "models.convert"),  # writes the authors' files
+    ("trainer.exports.source", "models.fold"),  # leaves out what evaluation can do without
     ("trainer.teacher", "models.convert"),  # reads the weights of any model
     ("trainer.evaluation.measure", "models.transnext"),  # has two modes at other sizes
     ("trainer.explain.attention", "models.geometry"),  # computes the weights of attention,
@@ -245,7 +248,7 @@ def test_every_import_is_a_declared_dependency():
     for name, path in zip(NAMES, FILES, strict=True):
         for imported, _ in _imports(path):
             top = imported.split(".")[0]
-            if top in PACKAGES or top in sys.stdlib_module_names or top == BUNDLE:
+            if top in PACKAGES or top in sys.stdlib_module_names or top in BUNDLE:
                 continue
             owners = {owner.lower() for owner in known.get(top, [top])}
             assert owners & required, f"{name} imports {top}, which setup.cfg does not name"

@@ -337,6 +337,7 @@ def _fill(tensor: Tensor, pieces: list[tuple[ShardFile, Piece]]) -> None:
         stored = torch.frombuffer(file.data(piece.name), dtype=tensor.dtype)
         stored = stored.view(piece.box.sizes)[part.within(piece.box)]
         local[part.within(box)].copy_(stored)
+        file.forget(piece.name)
         filled += part.num_elements
     # Pieces never overlap, so that counting shows a gap.
     assert filled == box.num_elements, f"{pieces[0][1].name} has gaps"

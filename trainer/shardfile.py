@@ -106,7 +106,8 @@ class ShardFile:
             header = json.loads(file.read(length))
             # A private mapping is writable without a write ever reaching the file: torch and
             # numpy take it without complaint.
-            self._map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = memoryview(self._file)
         metadata = header.pop("__metadata__", {})
         if _PLACES not in metadata:
             raise UserError(
@@ -127,3 +128,10 @@ class ShardFile:
     def data(self, name: str) -> memoryview:
         """Return the bytes of a piece."""
         return self._map[self._ranges[name]]
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that a piece was read into; looking again reads it again."""
+        place = self._ranges[name]
+        begin = place.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if place.stop > begin:
+            self._file.madvise(mmap.MADV_DONTNEED, begin, place.stop - begin)

@@ -3,6 +3,7 @@
 Invariant: models import operators from here and nowhere else.
 """
 
+from .eager import adaptive_pool as adaptive_pool
 from .eager import aggregated_attention as aggregated_attention
 from .eager import cosine_attention as cosine_attention
 from .eager import pair_perceptron as pair_perceptron

@@ -16,6 +16,15 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: str | None = None
 
 
+def exporting() -> bool:
+    """Return whether what is computed now is recorded as a graph for other runtimes.
+
+    Nothing may then be chosen by the sizes, which are symbols, and operators that have one take
+    the form in `exported`.
+    """
+    return torch.compiler.is_exporting()
+
+
 def choose(op: str, *, device: str, dtype: torch.dtype) -> str:
     """Return "triton" or "eager", the form of an operator for maps of a dtype on a device."""
     fits = op in FASTER and device == "cuda" and dtype in _DTYPES
@@ -24,6 +33,8 @@ def choose(op: str, *, device: str, dtype: torch.dtype) -> str:
 
 def faster(op: str, x: Tensor) -> type[Function] | None:
     """Return the form of an operator for the map `x`, if it is not to be its definition."""
+    if exporting():
+        return None
     name = _forced or choose(op, device=x.device.type, dtype=x.dtype)
     return FASTER.get(op) if name == "triton" else None
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .choice import faster
+from .choice import exporting, faster
+from .exported import pooled_by_products
 
 # Up to this many tokens all pairs at once, by matrix products, beat nine passes over the map.
 SMALL_GRID = 64
@@ -126,6 +127,13 @@ def relative_attention(q: Tensor, kv: Tensor, *, position: Tensor, num_heads: in
     return mixed.transpose(1, 2).reshape(q.shape)
 
 
+def adaptive_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling, [B, H, W, C] -> [B, *grid, C]."""
+    if exporting():
+        return pooled_by_products(x, grid)
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+
+
 def pooled_gelu(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """GELU, then adaptive average pooling: [B, H, W, C] -> [B, *grid, C]; saves `x` alone."""
     pooled: Tensor = _PooledGELU.apply(x, grid)
@@ -136,7 +144,7 @@ class _PooledGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x)
-        return F.adaptive_avg_pool2d(F.gelu(x).permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+        return adaptive_pool(F.gelu(x), grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -192,7 +200,7 @@ def window_logits(q: Tensor, k: Tensor, side: int) -> Tensor:
     column + b - side // 2.
     """
     height, width = q.shape[2:4]
-    if height * width <= SMALL_GRID:
+    if _is_small(height, width):
         products = q.flatten(2, 3) @ k.flatten(2, 3).transpose(-2, -1)
         slots = _window_slots(height, width, side, like=q)
         return torch.einsum("bhqk,qks->bhqs", products, slots).view(*q.shape[:4], side**2)
@@ -207,7 +215,7 @@ def window_mix(weights: Tensor, v: Tensor) -> Tensor:
     """
     height, width = v.shape[2:4]
     side = _side(weights)
-    if height * width <= SMALL_GRID:
+    if _is_small(height, width):
         slots = _window_slots(height, width, side, like=v)
         spread = torch.einsum("bhqs,qks->bhqk", weights.flatten(2, 3), slots)
         return (spread @ v.flatten(2, 3)).view(v.shape)
@@ -216,6 +224,10 @@ def window_mix(weights: Tensor, v: Tensor) -> Tensor:
     for slot, near in others:
         mixed = mixed.addcmul_(slot, near)
     return mixed
+
+
+def _is_small(height: int, width: int) -> bool:
+    return not exporting() and height * width <= SMALL_GRID
 
 
 def _side(slots: Tensor) -> int:

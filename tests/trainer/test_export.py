@@ -1,4 +1,4 @@
-"""Bundles of tiny trained runs: what timm makes of them where Foveate cannot be imported."""
+"""Exports of tiny trained runs: what timm makes of bundles where Foveate cannot be imported."""
 
 import ast
 import json
@@ -21,7 +21,10 @@ from tests.dist import run_distributed
 from tests.trainer.disk import on_small_disk
 from tests.trainer.runs import tiny_config
 from trainer.config import RunConfig, UserError
-from trainer.export import export_official, export_timm, load, sample_images, verify
+from trainer.exports.folder import run_check, verify
+from trainer.exports.formats import export
+from trainer.exports.sample import sample_images
+from trainer.exports.source import load
 from trainer.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +44,9 @@ def train_and_show(rank, world_size, config):
     assert trainer.run()
     trainer.engine.model.eval()
     with torch.no_grad():
-        live = trainer.engine.model(sample_images(SIZE))
+        live = trainer.engine.model(sample_images((SIZE, SIZE)))
         with trainer.engine.ema.swapped():
-            return {"live": live, "ema": trainer.engine.model(sample_images(SIZE))}
+            return {"live": live, "ema": trainer.engine.model(sample_images((SIZE, SIZE)))}
 
 
 @pytest.fixture(scope="module", params=CLASSIFIERS)
@@ -86,7 +89,7 @@ for package in ("launcher", "trainer", "models", "data"):
     sys.modules[package] = None
 bundle, height, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path.insert(0, bundle)
-import foveate_model
+import foveate_timm
 import timm
 import torch
 from safetensors.torch import load_file, save_file
@@ -154,7 +157,7 @@ def test_timms_logits_are_those_of_the_run_itself(run, bundle, seen):
 
 
 def test_live_weights_are_exported_where_asked_for(run, tmp_path):
-    export_timm(load(run.path, weights="live"), tmp_path / "live")
+    export(load(run.path, weights="live"), tmp_path / "live", form="timm")
     sample = load_file(tmp_path / "live" / "sample.safetensors")
     torch.testing.assert_close(sample["logits"], run.logits["live"], rtol=1e-4, atol=1e-5)
 
@@ -163,7 +166,7 @@ def test_timm_sees_a_feature_pyramid(run, seen):
     model = load(run.path).model
     assert seen.channels == [info["num_chs"] for info in model.feature_info]
     assert seen.reductions == [info["reduction"] for info in model.feature_info]
-    expected = model.forward_features(sample_images(SIZE))
+    expected = model.forward_features(sample_images((SIZE, SIZE)))
     for index, (channels, reduction) in enumerate(zip(seen.channels, seen.reductions, strict=True)):
         side = SIZE // reduction
         assert seen.tensors[f"map{index}"].shape == (2, channels, side, side)
@@ -255,7 +258,7 @@ def test_the_model_file_stands_alone_and_its_modules_do_not_collide(bundle):
         assert not roots & {"launcher", "trainer", "models", "data"}
     counted = Counter(defined(tree.body))
     assert [name for name, count in counted.items() if count > 1] == []
-    assert {"TimmBackbone", "Backbone", "register_backbone"} <= counted.keys()
+    assert {"Backbone", "OwnModel", "build_model", "load_model"} <= counted.keys()
 
 
 def defined(body):
@@ -276,7 +279,9 @@ def test_altered_weights_do_not_verify(bundle, tmp_path):
     name = next(name for name, value in weights.items() if value.dim() == 4)
     weights[name][0, 0, 0, 0] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert "logits differ by" in verify(copy)
+    with pytest.raises(UserError, match=r"model\.safetensors does not match its hash"):
+        verify(copy)
+    assert "logits differ by" in run_check(copy)
 
 
 @FIRST
@@ -285,8 +290,8 @@ def test_a_bundle_that_does_not_verify_is_not_written(run, tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     out = tmp_path / "out"
     with pytest.raises(UserError) as error:
-        export_timm(load(run.path), out)
-    said = "the bundle does not verify: ImportError: a broken timm"
+        export(load(run.path), out, form="timm")
+    said = "the export does not verify: ImportError: a broken timm"
     assert str(error.value) == f"{out} is not written: {said}"
     assert [path.name for path in tmp_path.iterdir()] == ["timm.py"]
 
@@ -302,9 +307,9 @@ def test_a_bundle_is_verified_with_what_pythonpath_holds_but_foveate(bundle, tmp
     model = copy / "foveate_model.py"
     checks = f"import os, of_the_cluster\nassert {str(ROOT)!r} not in os.environ['PYTHONPATH']"
     model.write_text(f"{model.read_text()}\n{checks}\n")
-    assert verify(copy) is None
+    assert run_check(copy) is None
     model.write_text(f"{model.read_text()}\nimport trainer\n")
-    assert "trainer" in verify(copy)
+    assert "trainer" in run_check(copy)
 
 
 @FIRST
@@ -313,7 +318,7 @@ def test_the_current_folder_can_be_the_source_and_the_target(run, tmp_path, monk
     source = load(Path())
     assert source.checkpoint == Path.cwd()
     monkeypatch.chdir(tmp_path)
-    export_timm(source, Path())
+    export(source, Path(), form="timm")
     assert (tmp_path / "config.json").exists()
 
 
@@ -323,7 +328,7 @@ def test_what_is_in_the_way_is_left_alone(run, bundle, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (bundle, tmp_path / "file"):
         with pytest.raises(UserError) as error:
-            export_timm(load(run.path), out)
+            export(load(run.path), out, form="timm")
         said = f"{out} is not an empty folder: remove it, or give another --out"
         assert str(error.value) == said
     assert {path: path.stat().st_mtime_ns for path in bundle.iterdir()} == before
@@ -333,7 +338,7 @@ def test_what_is_in_the_way_is_left_alone(run, bundle, tmp_path):
 @FIRST
 def test_a_full_disk_is_one_line(run, tmp_path):
     out = tmp_path / "timm"
-    export = [sys.executable, "-m", "trainer.export", run.path, "--format", "timm", "--out", out]
+    export = [sys.executable, "-m", "trainer.exports", run.path, "--format", "timm", "--out", out]
     # The shell looks at the disk before it is gone.
     look = ["sh", "-c", '"$@"; code=$?; ls -A "$0"; exit $code', tmp_path, *export]
     done = subprocess.run(
@@ -354,30 +359,23 @@ def test_an_interrupted_export_leaves_no_bundle_and_is_done_again(run, tmp_path)
     with subprocess.Popen(
         [*map(str, command), "--out", str(out)],
         env=python_environment(ROOT), stdout=subprocess.DEVNULL,
-    ) as export:  # fmt: skip
+    ) as running:  # fmt: skip
         while not list(tmp_path.glob("*/model.safetensors")):
-            assert export.poll() is None
-        export.kill()
+            assert running.poll() is None
+        running.kill()
     assert not out.exists()
-    export_timm(load(run.path), out)
+    export(load(run.path), out, form="timm")
     assert [path.name for path in tmp_path.iterdir()] == ["timm"]
 
 
 @FIRST
 def test_a_run_becomes_a_file_of_the_authors_code(run, bundle, tmp_path):
     weights = load_file(bundle / "model.safetensors")
-    export_official(load(run.path), tmp_path / "classification.pth", layout="classification")
-    out = tmp_path / "dense.pth"
-    options = "--format", "official", "--layout", "dense", "--out", out
-    done = foveate("export", run.path, *options)
-    assert done.returncode == 0, done.stderr
     for layout, classes in (("classification", 10), ("dense", 0)):
+        export(load(run.path), tmp_path / layout, form="official", layout=layout)
         model = build(run.name, img_size=SIZE, num_classes=classes)
-        assert load_weights(model, tmp_path / f"{layout}.pth") == []
+        assert load_weights(model, tmp_path / layout / "model.pth") == []
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    again = foveate("export", run.path, *options)
-    assert again.returncode == 2
-    assert again.stderr == f"error: {out} exists: remove it, or give another --out\n"
 
 
 def test_batch_norms_are_folded_where_asked_for(run, bundle, tmp_path):
@@ -400,12 +398,11 @@ def test_batch_norms_are_folded_where_asked_for(run, bundle, tmp_path):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "file").touch()
     cases = {
-        tmp_path / "nowhere": "is not a folder: give a run folder or one of its checkpoints",
-        tmp_path / "file": "is not a folder: give a run folder or one of its checkpoints",
+        tmp_path / "nowhere": "does not exist: give a run folder",
         tmp_path / "empty": "is neither a run folder nor a whole checkpoint",
         tmp_path / "young": "has no checkpoint yet",
+        Path("transnext_pico"): "has learnt nothing",
     }
     for source, reason in cases.items():
         with pytest.raises(UserError, match=reason) as error:

@@ -1,7 +1,6 @@
 """Distillation: the losses by their formulas, and teachers that answer as they were trained to."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,7 +11,9 @@ from safetensors.torch import save_file
 from models.base import ModelError
 from models.registry import build
 from trainer.config import UserError, override
-from trainer.export import Exportable, export_timm, fold
+from trainer.exports.formats import export
+from trainer.exports.source import fold
+from trainer.pretrained import Pretrained
 from trainer.recipes import recipe
 from trainer.sections import DistillConfig
 from trainer.task import classification, distillation
@@ -90,13 +91,10 @@ def test_a_timm_teacher_sees_its_own_colours(tmp_path):
 def bundle(folder, config, *, folded=False):
     """Export a fresh model as if a run had trained it; return it."""
     model = build(config.name, img_size=config.img_size, num_classes=10, drop_path=0.0).eval()
-    run = replace(recipe("demo"), model=config)
-    source = Exportable(checkpoint=folder, config=run, weights="live", model=model)
-    with (
-        mock.patch("trainer.export.verify", return_value=None),  # its own tests do
-        mock.patch("trainer.export.manifest.read", return_value=SimpleNamespace(step=0)),
-    ):
-        export_timm(fold(source) if folded else source, folder)
+    data = recipe("demo").data
+    source = Pretrained(source="a test", config=config, model=model, mean=data.mean, std=data.std)
+    with mock.patch("trainer.exports.folder.run_check", return_value=None):  # its own tests do
+        export(fold(source) if folded else source, folder, form="timm")
     return model
 
 

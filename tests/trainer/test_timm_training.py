@@ -9,7 +9,8 @@ import timm
 from safetensors.torch import load_file
 
 from tests.trainer.runs import train_named
-from trainer.export import export_timm, load
+from trainer.exports.formats import export
+from trainer.exports.source import load
 
 MODELS = ("timm:test_vit", "timm:test_resnet")
 ALONE = "ddp on 1"
@@ -56,7 +57,7 @@ def test_backends_and_world_sizes_agree(
 @pytest.mark.parametrize("model", MODELS)
 def test_the_bundle_needs_nothing_of_ours(model: str, folder: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    export_timm(load(folder / model / ALONE), bundle)  # which verifies it in a process of its own
+    export(load(folder / model / ALONE), bundle, form="timm")  # which verifies it
     assert not (bundle / "foveate_model.py").exists()
     assert "foveate_model" not in (bundle / "README.md").read_text()
     weights = load_file(bundle / "model.safetensors")
