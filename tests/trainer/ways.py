@@ -38,7 +38,7 @@ WAYS: dict[str, Way] = {
     "zero3 on 2": (2, ["--backend.name", "zero3"]),
     "zero3 on 2, offloaded": (2, ["--backend.name", "zero3", "--backend.offload", "all"]),
 }
-STEPS, SAVED, BATCH = 10, 5, 16
+STEPS, SAVED, BATCH = 6, 3, 16
 # Relative and absolute; moments are so small that the 1e-5 of all others would say nothing.
 TOLERANCES = {"exp_avg": (1e-3, 1e-6), "exp_avg_sq": (1e-3, 1e-12)}
 RUN = (
@@ -50,7 +50,7 @@ RUN = (
 
 
 def run_of(way: Way, *arguments: str) -> Way:
-    """Return a run of 10 steps of 16 images in some way; it is evaluated once."""
+    """Return a run of 6 steps of 16 images in some way; it is evaluated once."""
     world_size, spread = way
     return world_size, [*RUN, *spread, *arguments]
 
