@@ -75,7 +75,8 @@ class Case(NamedTuple):
 
 SPREAD = [way for way in WAYS if way != "fsdp on 3"]
 EXACT = [Case(*case) for case in product(MODELS, ("fp32",), (1, 2), SPREAD)]
-# In bfloat16 every way accumulates one of the two models: TransXNet's BatchNorm sends many messages.
+# In bfloat16 every way accumulates one of the two models: TransXNet's BatchNorm sends many
+# messages.
 HALVED = [
     Case(model, "bf16", 2 - (index + turn) % 2, way)
     for (turn, model), (index, way) in product(enumerate(MODELS), enumerate(SPREAD))
