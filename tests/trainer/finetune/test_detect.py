@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.local import python_environment
+from launcher.process import Process
 from models.registry import build
 from tests.trainer.finetune.drawn import CLASSES, draw_split
+from trainer.config import UserError
+from trainer.finetune.__main__ import prepare
 from trainer.finetune.coco_data import CocoSplit
 from trainer.finetune.coco_metrics import average_precision, detections
 from trainer.finetune.detection_views import DetectionViews
@@ -58,10 +61,11 @@ def lines(folder, kind):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_exactly(drawn, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        done = finetune(*small(drawn, folder, "--nproc", 2, head="mask_rcnn"))
-        assert done.returncode == 0, done.stderr
-    for left in ("metrics.jsonl", "model.safetensors", "checkpoints/step_0000000006"):
+    done = finetune(*small(drawn, whole, "--nproc", 2, head="mask_rcnn"))
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(whole, cut)
+    begun_elsewhere = ("config.json", "metrics.jsonl", "model.safetensors")
+    for left in (*begun_elsewhere, "checkpoints/step_0000000006"):
         path = cut / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = finetune(*small(drawn, cut, "--nproc", 2, head="mask_rcnn"))
@@ -86,19 +90,21 @@ def test_mistakes_are_one_line_before_anything_is_trained(drawn, tmp_path):
     first = torn / "train" / "0.jpg"
     first.write_bytes(first.read_bytes()[:300])
     cases = {
-        "--head": ("detect", "--backbone", "transnext_pico", "--out", out),
-        "nowhere does not exist": ("detect", "--head", "retinanet", "--backbone", "nowhere",
-                                   "--out", out),
-        "did you mean --optim.lr?": small(drawn, out, "--optim.lrr", 3),
-        "a split in COCO's format": small(drawn, out, "--data.val", tmp_path),
-        "does not divide among": small(drawn, out, "--train.accumulate", 4),
-        "0.jpg cannot be read": small(torn, out, steps=12),
-    }  # fmt: skip
+        "--head": ["--backbone", "transnext_pico", "--out", out],
+        "nowhere does not exist": ["--head", "dino", "--backbone", "nowhere", "--out", out],
+        "did you mean --optim.lr?": small(drawn, out, "--optim.lrr", 3)[1:],
+        "a split in COCO's format": small(drawn, out, "--data.val", tmp_path)[1:],
+        "does not divide among": small(drawn, out, "--train.accumulate", 4)[1:],
+    }
     for said, arguments in cases.items():
-        done = finetune(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert said in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        with pytest.raises(UserError) as error:
+            prepare("detect", list(map(str, arguments)), Process.from_environment({}))
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+    done = finetune(*small(torn, out, steps=12))
+    assert done.returncode == 2, done.stderr
+    assert "0.jpg cannot be read" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_the_settings_of_a_run_are_kept(drawn, tmp_path):
