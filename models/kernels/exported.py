@@ -34,13 +34,17 @@ def _shares(size: int, bins: int, like: Tensor) -> Tensor:
 def tap_sum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The dynamic convolution as a sum over taps: elsewhere, groups must not depend on the batch.
 
+    A row of taps at a time: all of them would take as many maps, one by one as many nodes.
     x [B, H, W, C], weight [B, K, K, C], bias [B, C]. Returns [B, H, W, C].
     """
-    height, width, side = x.shape[1], x.shape[2], weight.shape[1]
+    batch, height, width, channels = x.shape
+    side = weight.shape[1]
     padded = F.pad(x, (0, 0, *(side // 2,) * 4))
+    taps, places = (torch.arange(size, device=x.device) for size in (side, width))
+    columns = (taps[:, None] + places).flatten()
     out = bias[:, None, None]
     for row in range(side):
-        for column in range(side):
-            near = padded[:, row : row + height, column : column + width]
-            out = out + near * weight[:, None, None, row, column]
+        near = padded[:, row : row + height].index_select(2, columns)
+        near = near.view(batch, height, side, width, channels)
+        out = out + (near * weight[:, row, None, :, None]).sum(dim=2)
     return out

@@ -29,6 +29,8 @@ class Environment:
         pins = ROOT / "constraints.txt"
         where = ("--python", self.python, "--constraint", pins, "--link-mode", "hardlink")
         self._uv("pip", "install", "--exact", *where, *packages)
+        # Compiles what checks import, which write nothing.
+        subprocess.run([self.python, "-c", f"import {packages[0]}"], check=True)
 
     def _uv(self, *arguments: object) -> None:
         given = {new: os.environ[old] for old, new in _SETTINGS.items() if old in os.environ}

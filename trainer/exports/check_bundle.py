@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 from typing import Any
@@ -64,19 +65,20 @@ def by_transformers(samples: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Ask every library that is installed; end in what is wrong."""
+    """Ask every library that is installed or named as an argument; end in what is wrong."""
     without_foveate()
     import torch
 
     samples = cases(lambda data, shape: torch.frombuffer(data, dtype=torch.float32).view(shape))
+    is_own = (HERE / "foveate_model.py").exists()  # otherwise it is a network of timm's
     with torch.no_grad(), tempfile.TemporaryDirectory() as modules:
         # transformers keeps copies of the code that it runs: none of this.
         os.environ |= {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
-        if (HERE / "foveate_model.py").exists():
+        if is_own:
             by_torch(samples)
-        if find_spec("timm"):
+        if find_spec("timm") or "timm" in sys.argv or not is_own:
             by_timm(samples)
-        if find_spec("transformers") and (HERE / "foveate_transformers.py").exists():
+        if is_own and (find_spec("transformers") or "transformers" in sys.argv):
             by_transformers(samples)
 
 

@@ -27,9 +27,11 @@ _CARD = "README.md"  # whose text is people's to change
 
 
 def write_folder(
-    out: Path, write: Callable[[Path], None], *, check: str, sample: dict[str, Tensor]
+    out: Path, write: Callable[[Path], None], *, sample: dict[str, Tensor], check: str, library: str
 ) -> None:
     """Let `write` fill a folder, add its `sample` and the module `check`, and publish it as `out`.
+
+    `library` is the one that must prove it, where `check` knows several.
 
     It appears under its name only when it is complete and reproduces the sample.
 
@@ -47,7 +49,7 @@ def write_folder(
         save_file(sample, part / "sample.safetensors")
         (part / CHECK).write_text(f"{joined([check])}\n")
         _seal(part)
-        wrong = run_check(part)
+        wrong = run_check(part, library)
         if wrong is not None:
             raise UserError(f"{out} is not written: the export does not verify: {wrong}")
         part.replace(out)
@@ -98,8 +100,10 @@ def _check_sums(folder: Path) -> None:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
 
 
-def run_check(folder: Path, *, python: str = sys.executable) -> str | None:
+def run_check(folder: Path, *libraries: str, python: str = sys.executable) -> str | None:
     """Run a folder's verify.py in a fresh process of `python`; return what is wrong, or None.
+
+    `libraries` must be there; others prove it where they are.
 
     The process finds what this one finds, a torch by PYTHONPATH for one, but for Foveate: this
     code's folder is taken out, and verify.py blocks its packages wherever else they are.
@@ -107,7 +111,7 @@ def run_check(folder: Path, *, python: str = sys.executable) -> str | None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join(path for path in paths if path and Path(path).resolve() != HOME)
     done = subprocess.run(
-        [python, "-P", "-B", str(folder / CHECK)],
+        [python, "-P", "-B", str(folder / CHECK), *libraries],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -46,4 +46,4 @@ def export(source: Pretrained, out: Path, *, form: str, layout: Layout = "classi
         (folder / "README.md").write_text(card(source, form=form))
 
     check = f"trainer.exports.{_CHECKS.get(form, 'check_bundle')}"
-    write_folder(out, write, check=check, sample=make_sample(source))
+    write_folder(out, write, sample=make_sample(source), check=check, library=form)
